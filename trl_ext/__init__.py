@@ -1,0 +1,39 @@
+"""trl_ext: post-training methods that TRL lacks or gets wrong, as ordinary TRL trainers."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+# Python runs this file before any `trl_ext.objectives...`, so one eager import here would end the
+# purity of that floor. One line per method: public name -> the module that defines it.
+_PUBLIC = {
+    "GRPOConfig": "trl_ext.trainers.grpo",
+    "GRPOTrainer": "trl_ext.trainers.grpo",
+    "GenerationEvaluator": "trl_ext.evals",
+    "MajorityVoteConfig": "trl_ext.trainers.majority_vote",
+    "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
+    "PassAtKConfig": "trl_ext.trainers.pass_at_k",
+    "PassAtKTrainer": "trl_ext.trainers.pass_at_k",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from trl_ext.evals import GenerationEvaluator as GenerationEvaluator
+    from trl_ext.trainers.grpo import GRPOConfig as GRPOConfig
+    from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig
+    from trl_ext.trainers.majority_vote import MajorityVoteTrainer as MajorityVoteTrainer
+    from trl_ext.trainers.pass_at_k import PassAtKConfig as PassAtKConfig
+    from trl_ext.trainers.pass_at_k import PassAtKTrainer as PassAtKTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
