@@ -1,0 +1,349 @@
+"""The only file that knows TRL's private methods.
+
+Three classes, one concern each, stacked in the order in which a run meets them:
+`ConstructedTrainer` builds what TRL builds wrongly or not at all, `ResumableTrainer` makes a
+checkpoint hold the whole run, `CreditTrainer` lets a method replace the advantages and the KL.
+With no method bound to it the stack computes what TRL computes, bit for bit; the one exception is
+a model with absolute positions and left-padded prompts, which TRL scores at shifted positions.
+"""
+
+import copy
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import trl
+from accelerate.utils import gather_object, is_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import get_config_model_id, use_adapter
+
+from trl_ext.objectives.baselines import leave_one_out
+from trl_ext.objectives.kl import k3, kl_to_go
+from trl_ext.objectives.reduce import reduce_tokens
+from trl_ext.objectives.scorable import credit_of_scorable
+from trl_ext.runtime.exact_state import load_exact_state, save_exact_state
+from trl_ext.runtime.guards import NonFiniteGuard
+
+_HOST_INIT = trl.GRPOTrainer.__init__
+
+
+@contextmanager
+def _reference_copied_from(model: Any) -> Iterator[None]:
+    """TRL reloads the reference from `config._name_or_path`: a model changed in memory would be
+    pulled towards weights it never had, and a custom class would not load at all."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    reload = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = lambda *_, **__: copy.deepcopy(model)
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = reload
+
+
+def _number_positions(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook: positions count tokens, not pads, as they do while sampling."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and kwargs.get("position_ids") is None and not kwargs.get("use_cache"):
+        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return args, kwargs
+
+
+def _has_absolute_positions(model: Any) -> bool:
+    """Rotary positions are relative: pads shift them without effect, and TRL stays untouched."""
+    model = model.get_base_model() if is_peft_model(model) else model
+    rotary = getattr(model.config.get_text_config(), "rope_parameters", None) is not None
+    return not rotary and "position_ids" in inspect.signature(model.forward).parameters
+
+
+class ConstructedTrainer(trl.GRPOTrainer):
+    """TRL's constructor, argument for argument, around a checked and mended construction."""
+
+    config_class: ClassVar[type[trl.GRPOConfig]]
+
+    @functools.wraps(_HOST_INIT)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(_HOST_INIT).bind(self, *args, **kwargs).arguments
+        del given["self"]
+        given["args"] = self._checked_config(given["model"], given.get("args"))
+        with _reference_copied_from(given["model"]):
+            super().__init__(**given)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "model: no parameter requires a gradient, so training would change nothing. A "
+                "PeftModel must be loaded with is_trainable=True, or pass peft_config."
+            )
+        for model in (self.model, self.ref_model):
+            if model is not None and _has_absolute_positions(self.accelerator.unwrap_model(model)):
+                model.register_forward_pre_hook(_number_positions, with_kwargs=True)
+        self.add_callback(NonFiniteGuard())
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(self)
+
+    def _checked_config(self, model: Any, config: Any) -> Any:
+        if config is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            return self.config_class(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"args: {type(self).__name__} needs a {self.config_class.__name__} of trl_ext, got "
+                f"{type(config).__module__}.{type(config).__name__}; it takes the same arguments."
+            )
+        return config
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if rewards_BF.isinf().any():
+            row, column = rewards_BF.isinf().nonzero()[0].tolist()
+            raise ValueError(
+                f"reward function {self.reward_func_names[column]!r} returned "
+                f"{rewards_BF[row, column].item()} for row {row} of the gathered batch; a reward "
+                "must be finite, or None where the completion cannot be scored."
+            )
+        return rewards_BF
+
+
+class ResumableTrainer(ConstructedTrainer):
+    """A resumed run equals the uninterrupted one to the bit, at every step.
+
+    TRL's checkpoint lacks the generation window in use, its position in it, the metrics gathered
+    since the last log, and how often the prompts were shuffled.
+    """
+
+    _sampler: Any = None
+
+    def _get_train_sampler(self, dataset=None):
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.sync_ref_model:
+            self._save_reference(output_dir)
+        values = {
+            "step": self._step,
+            "tr_loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": self._metrics["train"],
+            "logs": {key: _listed(self._logs[key]) for key in ("prompt", "completion", "advantages")},
+            "log_columns": {key: _listed(self._logs[key]) for key in ("rewards", "extra")},
+        }
+        save_exact_state(output_dir, self.args.process_index, self._buffered_inputs, values)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._sampler is not None:
+            # The sampler draws one permutation per epoch from a generator of its own.
+            for _ in range(int(self.state.epoch or 0)):
+                next(iter(self._sampler), None)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        state = checkpoint and load_exact_state(
+            checkpoint, self.args.process_index, self.accelerator.device
+        )
+        if not state:
+            return
+        self._buffered_inputs, values = state
+        self._step = values["step"]
+        self._tr_loss = torch.tensor(values["tr_loss"], device=self.args.device)
+        self._total_loss_scalar = values["total_loss"]
+        self._globalstep_last_logged = values["last_logged"]
+        self._metrics["train"] = defaultdict(list, values["metrics"])
+        for key, rows in values["logs"].items():
+            self._logs[key].extend(rows)
+        for key, columns in values["log_columns"].items():
+            for name, rows in columns.items():
+                self._logs[key][name].extend(rows)
+
+
+def _listed(logged: Any) -> Any:
+    return {k: list(v) for k, v in logged.items()} if isinstance(logged, dict) else list(logged)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a KL loss may look at: one micro-batch, `(B, T)`, log-probabilities in nats.
+
+    `logits` returns those of the current policy and of the reference, `(B, T, V)`, divided by the
+    temperature; it costs one more forward pass of each.
+    """
+
+    logp_BT: Tensor
+    old_logp_BT: Tensor
+    ref_logp_BT: Tensor
+    mask_BT: Tensor
+    baseline_BT: Tensor | None
+    logits: Callable[[], tuple[Tensor, Tensor]]
+
+
+class CreditTrainer(ResumableTrainer):
+    """Replaces what TRL multiplies with log-probabilities, and the KL it adds.
+
+    A method overrides `credit` (and `labels`, if credit compares more than rewards) or `kl_loss`;
+    what it leaves alone is TRL's.
+    """
+
+    @property
+    def min_samples(self) -> int:
+        """The smallest group that has a credit."""
+        return 2
+
+    @property
+    def owns_kl(self) -> bool:
+        """Whether `kl_loss` takes the place of TRL's KL."""
+        return False
+
+    def credit(self, rewards_PG: Tensor, *labels_PG: Tensor) -> Tensor:
+        """`(P, m)` rewards, and what `labels` says of them, to `(P, m)` credit."""
+        raise NotImplementedError
+
+    def labels(self, completions: list) -> list[str | None] | None:
+        """What completions are compared by inside a group, one per row; None if by nothing."""
+        return None
+
+    def kl_loss(self, tokens: Tokens) -> Tensor:
+        """`(B, T)` loss per token whose gradient is that of the KL."""
+        raise NotImplementedError
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards_B = (rewards_BF * self.reward_weights.to(rewards_BF.device)).nansum(1)
+        self._rewards_B = rewards_B.masked_fill(rewards_BF.isnan().all(1), torch.nan)
+        labels = self.labels(completions)
+        self._labels_B = None if labels is None else gather_object(labels)
+        return rewards_BF
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        training = self.model.training
+        G = self.num_generations if training else self.num_generations_eval
+        if type(self).credit is not CreditTrainer.credit:
+            credit_PG = self._group_credit(self._rewards_B.view(-1, G))
+            silent = (credit_PG == 0).all(1).float().mean().item()
+            metrics = self._metrics["train" if training else "eval"]
+            metrics["frac_groups_without_credit"].append(silent)
+            self._replace_advantages(output, credit_PG.flatten())
+        if training and self.owns_kl and self.args.kl_baseline == "leave_one_out":
+            output["kl_baseline"] = self._kl_baseline(output)
+        return output
+
+    def _group_credit(self, rewards_PG: Tensor) -> Tensor:
+        labels_PG = []
+        if self._labels_B is not None:
+            number = {label: i for i, label in enumerate(dict.fromkeys(self._labels_B))}
+            numbers = [-1 if label is None else number[label] for label in self._labels_B]
+            labels_PG = [torch.tensor(numbers, device=rewards_PG.device).view_as(rewards_PG)]
+        return credit_of_scorable(
+            self.credit, rewards_PG, *labels_PG, min_samples=self.min_samples
+        )
+
+    def _replace_advantages(self, output: dict, credit_B: Tensor) -> None:
+        """Local rows into the batch, all rows into the completions table."""
+        rows = output["advantages"].size(0)
+        start = self.accelerator.process_index * rows
+        output["advantages"] = credit_B[start : start + rows]
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), credit_B.numel())):
+            logged.pop()
+        logged.extend(credit_B.tolist())
+
+    def _kl_baseline(self, batch: dict) -> Tensor:
+        """KL-to-go of the group's other completions, `(B, T)`, taken before rows are shuffled."""
+        mask_BT, (B, T) = _loss_mask(batch), batch["completion_ids"].shape
+        if "old_per_token_logps" not in batch:
+            with torch.no_grad():
+                batch["old_per_token_logps"], *_ = self._get_per_token_logps_and_entropies(
+                    self.model, *_joined(batch), T, batch_size=self.args.per_device_train_batch_size
+                )
+        log_ratio_BT = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * mask_BT
+        padded_BT = self.accelerator.pad_across_processes(log_ratio_BT, dim=1)
+        to_go_TB = kl_to_go(self.accelerator.gather(padded_BT)).T
+        groups = to_go_TB.reshape(-1, self.num_generations)
+        others_BT = leave_one_out(groups).view_as(to_go_TB).T
+        start = self.accelerator.process_index * B
+        return others_BT[start : start + B, :T]
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._last_logp_BT = scored[0]  # `_compute_loss` does not return the policy's
+        return scored
+
+    def _compute_loss(self, model, inputs):
+        if self.beta == 0.0 or not self.owns_kl:
+            return super()._compute_loss(model, inputs)
+        beta, self.beta = self.beta, 0.0
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        logp_BT, self._last_logp_BT = self._last_logp_BT, None
+        tokens = Tokens(
+            logp_BT=logp_BT,
+            old_logp_BT=inputs.get("old_per_token_logps", logp_BT.detach()),
+            ref_logp_BT=inputs["ref_per_token_logps"],
+            mask_BT=_loss_mask(inputs),
+            baseline_BT=inputs.get("kl_baseline"),
+            logits=functools.partial(self._logits, model, inputs),
+        )
+        self._log_kl(tokens)
+        return loss + beta * self._reduced(self.kl_loss(tokens), tokens.mask_BT, inputs)
+
+    def _log_kl(self, tokens: Tokens) -> None:
+        with torch.no_grad():
+            sums = [(k3(tokens.logp_BT, tokens.ref_logp_BT) * tokens.mask_BT).sum()]
+            sums = torch.stack([*sums, tokens.mask_BT.sum()])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kl"].append(total / max(count, 1.0))
+
+    def _reduced(self, loss_BT: Tensor, mask_BT: Tensor, inputs: dict) -> Tensor:
+        training = self.model.training
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if training:
+            tokens = tokens * accumulation / self.args.steps_per_generation
+        return reduce_tokens(
+            loss_BT,
+            mask_BT,
+            self.loss_type,
+            accumulation=accumulation,
+            max_completion_length=self.max_completion_length,
+            tokens_per_step=tokens,
+        )
+
+    def _logits(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        policy = self._tempered_logits(model, batch)
+        with torch.no_grad():
+            if self.ref_model is not None:
+                return policy, self._tempered_logits(self.ref_model, batch)
+            unwrapped: Any = self.accelerator.unwrap_model(self.model)
+            with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+                return policy, self._tempered_logits(self.model, batch)
+
+    def _tempered_logits(self, model: nn.Module, batch: dict) -> Tensor:
+        ids, mask = _joined(batch)
+        T = batch["completion_ids"].size(1)
+        with self.accelerator.autocast():
+            out = model(input_ids=ids, attention_mask=mask, logits_to_keep=T + 1, use_cache=False)
+        return out.logits[:, :-1].float() / self.temperature
+
+
+def _loss_mask(batch: dict) -> Tensor:
+    mask_BT = batch["completion_mask"]
+    return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
+
+
+def _joined(batch: dict) -> tuple[Tensor, Tensor]:
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)

@@ -1,0 +1,218 @@
+"""Training for pass@k: at least one of k samples is correct.
+
+| `estimator`        | expected gradient, in units of ∇F_k                     | needs           |
+|--------------------|---------------------------------------------------------|-----------------|
+| `"loo"`            | ∇F_k (Tang et al.), averaged over the k-subsets of G    | k ≥ 1           |
+| `"centred"`        | ∇F_{k−1}: the exact gradient of the (k−1)-sample        | k ≥ 2           |
+|                    | objective, with less variance                           |                 |
+| `"s"`              | ∇F_k (PKPO), no baseline                                | k ≥ 1           |
+| `"sloo"`           | ∇F_k (PKPO), leave-one-out                              | k ≤ G − 1       |
+| `"sloo_minus_one"` | ∇F_k (PKPO's default); equals `"loo"`                   | k ≥ 2           |
+| `"analytic"`       | (1/k − 1/G) ∇pass@k, then each prompt divided by σ      | k < G, rewards  |
+|                    | (Pass@k Training): a reweighting of prompts             | 0 or 1          |
+
+F_k = E max(r₁ … r_k); for rewards in {0, 1} it is pass@k. The scale holds exactly with
+`loss_type="dr_grpo"` (divided by the constant `max_completion_length`) or `"luspo"`; the other loss
+types divide by lengths and reweigh completions.
+
+Sources: arXiv:2503.19595 (Tang et al.), arXiv:2505.15201 (PKPO), arXiv:2508.10751.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from trl_ext.objectives.pass_at_k import centred_pass_at_k_credit, pass_at_k_credit
+from trl_ext.objectives.pass_at_k_training import analytic_credit
+from trl_ext.objectives.pkpo import pkpo_credit
+from trl_ext.objectives.reduce import EXACT_FOR_SEQUENCES
+from trl_ext.trainers.grpo import GRPOConfig, GRPOTrainer, refuse_truncated_sampling
+
+ESTIMATORS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "loo": pass_at_k_credit,
+    "centred": centred_pass_at_k_credit,
+    "s": partial(pkpo_credit, baseline="none"),
+    "sloo": partial(pkpo_credit, baseline="loo"),
+    "sloo_minus_one": partial(pkpo_credit, baseline="loo_minus_one"),
+    "analytic": analytic_credit,
+}
+SMALLEST_K = {"centred": 2, "sloo_minus_one": 2}
+BELOW_G = ("sloo", "analytic")
+
+
+@dataclass
+class KSampleConfig(GRPOConfig):
+    """What every k-sample objective asks of TRL's options.
+
+    Args:
+        k: samples that the objective looks at, at most `num_generations`.
+    """
+
+    loss_type: str = field(
+        default="dr_grpo",
+        metadata={
+            "help": "Normaliser of the loss; 'dr_grpo' and 'luspo' keep the scale of the k-sample "
+            "objective, the others reweigh completions by length (arXiv:2503.20783, section 3)."
+        },
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "Only 'none': a k-sample credit has its own baseline, and a group's deviation "
+            "would reweigh prompts (arXiv:2503.19595, section 3)."
+        },
+    )
+    k: int = field(
+        default=4,
+        metadata={
+            "help": "Samples that the objective looks at, at most num_generations "
+            "(arXiv:2503.19595, section 3)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        if self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r} is not applied: the credit of {name} has its "
+                "own baseline, and a group's deviation would change the objective. Leave it at "
+                "'none'."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} is not applied: "
+                f"{name} needs one reward per completion. Leave it at 'sum_then_normalize'."
+            )
+        refuse_truncated_sampling(self, name)
+        if self.loss_type not in EXACT_FOR_SEQUENCES:
+            warnings.warn(
+                f"loss_type={self.loss_type!r} reweighs completions by length, so the gradient is "
+                f"not that of the objective of {name}; {' and '.join(EXACT_FOR_SEQUENCES)} keep it.",
+                stacklevel=2,
+            )
+        self._check_k()
+
+    @property
+    def all_k(self) -> tuple[int, ...]:
+        """Every k that the run will use."""
+        return (self.k,)
+
+    def smallest_group(self, k: int) -> int:
+        """Samples that a group must have for its credit to be defined."""
+        return max(k, 2)
+
+    def _check_k(self) -> None:
+        sizes = {"num_generations": self.num_generations}
+        if self.num_generations_eval is not None:
+            sizes["num_generations_eval"] = self.num_generations_eval
+        for k in self.all_k:
+            for name, size in sizes.items():
+                if not 1 <= k <= size or self.smallest_group(k) > size:
+                    raise ValueError(
+                        f"k={k} is not defined for {name}={size} in {type(self).__name__}: it needs "
+                        f"at least {self.smallest_group(max(k, 1))} samples and k ≥ 1. Lower k or "
+                        f"raise {name}."
+                    )
+
+
+@dataclass
+class PassAtKConfig(KSampleConfig):
+    """Configuration of [`PassAtKTrainer`].
+
+    Args:
+        estimator: which estimate of the gradient; see `trl_ext.trainers.pass_at_k`.
+        k_schedule: from which optimizer step on which k holds, e.g. `{0: 8, 1500: 1}`.
+    """
+
+    estimator: str = field(
+        default="loo",
+        metadata={
+            "help": "'loo' or 'centred' (arXiv:2503.19595, section 3), 's', 'sloo' or "
+            "'sloo_minus_one' (arXiv:2505.15201, section 4), 'analytic' (arXiv:2508.10751, "
+            "section 2; rewards 0 or 1)."
+        },
+    )
+    k_schedule: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Annealing of k: from which optimizer step on which k holds, e.g. "
+            '\'{"0": 8, "1500": 1}\'; replaces k (arXiv:2505.15201, section 5).'
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator={self.estimator!r} is none of {', '.join(ESTIMATORS)}.")
+        if isinstance(self.k_schedule, str):
+            self.k_schedule = json.loads(self.k_schedule)
+        if self.k_schedule is not None:
+            self.k_schedule = {int(step): int(k) for step, k in sorted_items(self.k_schedule)}
+            if min(self.k_schedule, default=-1) != 0:
+                raise ValueError(f"k_schedule={self.k_schedule} must say which k holds from step 0.")
+        super().__post_init__()
+
+    @property
+    def all_k(self) -> tuple[int, ...]:
+        return tuple((self.k_schedule or {0: self.k}).values())
+
+    def smallest_group(self, k: int) -> int:
+        return max(k + 1 if self.estimator in BELOW_G else k, 2)
+
+    def _check_k(self) -> None:
+        super()._check_k()
+        smallest = SMALLEST_K.get(self.estimator, 1)
+        if min(self.all_k) < smallest:
+            raise ValueError(
+                f"k={min(self.all_k)} is not defined for estimator={self.estimator!r}, which compares "
+                f"with k − 1 samples. Use k ≥ {smallest}, or estimator='sloo'."
+            )
+
+    def k_at(self, step: int) -> int:
+        """The k that holds in an optimizer step."""
+        schedule = self.k_schedule or {0: self.k}
+        return schedule[max(start for start in schedule if start <= step)]
+
+
+def sorted_items(schedule: dict) -> list[tuple]:
+    return sorted(schedule.items(), key=lambda item: int(item[0]))
+
+
+class PassAtKTrainer(GRPOTrainer):
+    """Trains for E max of k rewards: P(at least one of k is correct). Formulas: `objectives`."""
+
+    config_class = PassAtKConfig
+    _tag_names = ["trl", "trl_ext", "pass-at-k"]
+    _name = "Pass@k"
+    _paper = {
+        "title": "Optimizing Language Models for Inference Time Objectives using Reinforcement "
+        "Learning",
+        "id": "2503.19595",
+        "citation": "@inproceedings{tang2025optimizing,\n"
+        "    title  = {{Optimizing Language Models for Inference Time Objectives using "
+        "Reinforcement Learning}},\n"
+        "    author = {Yunhao Tang and Kunhao Zheng and Gabriel Synnaeve and R\\'emi Munos},\n"
+        "    year   = 2025,\n"
+        "    eprint = {arXiv:2503.19595},\n"
+        "}",
+    }
+
+    @property
+    def k(self) -> int:
+        return self.args.k_at(self.state.global_step)
+
+    @property
+    def min_samples(self) -> int:
+        return self.args.smallest_group(self.k)
+
+    def credit(self, rewards_PG: Tensor) -> Tensor:
+        if self.args.estimator == "analytic" and not ((rewards_PG == 0) | (rewards_PG == 1)).all():
+            raise ValueError(
+                f"estimator='analytic' needs rewards of exactly 0 or 1, got "
+                f"{rewards_PG.unique().tolist()[:5]}. Use estimator='sloo_minus_one' for others."
+            )
+        return ESTIMATORS[self.args.estimator](rewards_PG, self.k)
