@@ -1,7 +1,8 @@
 """What a checkpoint must add to the host's so that a resumed run equals the uninterrupted one.
 
 Two files per process, `trl_ext_window_<rank>.safetensors` and `trl_ext_state_<rank>.json`: the
-generation window in use, and counters, metrics and logs. No pickle.
+generation window in use, and counters, metrics and logs; and once `trl_ext_reference.safetensors`
+where the reference policy moves during the run. No pickle.
 """
 
 import json
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 Window = list[dict[str, Any]]
+REFERENCE = "trl_ext_reference.safetensors"
 
 
 def _paths(folder: str, rank: int) -> tuple[Path, Path]:
@@ -79,3 +81,23 @@ def load_exact_state(
             i, key = name.split(".", 1)
             window[int(i)][key] = value.to(device)
     return window, state["values"]
+
+
+def save_reference(folder: str, reference: nn.Module) -> None:
+    """Writes a reference policy that is synchronised during training."""
+    _replace(Path(folder) / REFERENCE, lambda path: save_model(reference, str(path)))
+
+
+def load_reference(folder: str, reference: nn.Module) -> None:
+    """Reads the reference policy of `save_reference` in place.
+
+    Raises:
+        FileNotFoundError: the checkpoint has none, so that the run would be pulled elsewhere.
+    """
+    path = Path(folder) / REFERENCE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: the checkpoint was written with sync_ref_model=False. Resume with "
+            "that setting, or start from its weights as a new run."
+        )
+    load_model(reference, str(path))

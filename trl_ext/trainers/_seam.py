@@ -28,7 +28,12 @@ from trl_ext.objectives.baselines import leave_one_out
 from trl_ext.objectives.kl import k3, kl_to_go
 from trl_ext.objectives.reduce import reduce_tokens
 from trl_ext.objectives.scorable import credit_of_scorable
-from trl_ext.runtime.exact_state import load_exact_state, save_exact_state
+from trl_ext.runtime.exact_state import (
+    load_exact_state,
+    load_reference,
+    save_exact_state,
+    save_reference,
+)
 from trl_ext.runtime.guards import NonFiniteGuard
 
 _HOST_INIT = trl.GRPOTrainer.__init__
@@ -76,6 +81,12 @@ class ConstructedTrainer(trl.GRPOTrainer):
         given["args"] = self._checked_config(given["model"], given.get("args"))
         with _reference_copied_from(given["model"]):
             super().__init__(**given)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.sync_ref_model and sharded:
+            raise ValueError(
+                "sync_ref_model=True is not supported with FSDP or DeepSpeed: a sharded reference is "
+                "not in the checkpoint, and a resumed run would start from another one. Use DDP."
+            )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
                 "model: no parameter requires a gradient, so training would change nothing. A "
@@ -116,7 +127,7 @@ class ResumableTrainer(ConstructedTrainer):
     """A resumed run equals the uninterrupted one to the bit, at every step.
 
     TRL's checkpoint lacks the generation window in use, its position in it, the metrics gathered
-    since the last log, and how often the prompts were shuffled.
+    since the last log, how often the prompts were shuffled, and a reference that moved.
     """
 
     _sampler: Any = None
@@ -127,8 +138,8 @@ class ResumableTrainer(ConstructedTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.args.sync_ref_model:
-            self._save_reference(output_dir)
+        if self.args.sync_ref_model and self.args.should_save:
+            save_reference(output_dir, self.accelerator.unwrap_model(self.ref_model))
         values = {
             "step": self._step,
             "tr_loss": self._tr_loss.item(),
@@ -154,6 +165,8 @@ class ResumableTrainer(ConstructedTrainer):
         )
         if not state:
             return
+        if self.args.sync_ref_model:
+            load_reference(checkpoint, self.accelerator.unwrap_model(self.ref_model))
         self._buffered_inputs, values = state
         self._step = values["step"]
         self._tr_loss = torch.tensor(values["tr_loss"], device=self.args.device)

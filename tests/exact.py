@@ -1,0 +1,260 @@
+"""The exact-enumeration harness: what one update of a real trainer does on average.
+
+A tabular policy (the previous token's one-hot under an LM head that is the table) is small enough
+to visit every group of completions. The trainer runs `train()` at learning rate 0, one group per
+step, fed through `rollout_func`; its gradient is caught before the optimizer step and weighted with
+the group's probability. No sampling noise is left: a wrong scale, a baseline that contains its own
+sample, a gradient through the credit or a length normaliser all show.
+"""
+
+import contextlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, TrainerCallback
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer("ab")
+A, B, EOS = (TOKENIZER.convert_tokens_to_ids(t) for t in ("a", "b", TOKENIZER.eos_token))
+PROMPTS = (TOKENIZER.convert_tokens_to_ids("<user>"), TOKENIZER.bos_token_id)
+SPOKEN = (A, B, EOS)
+T = 2  # EOS may end a completion early, so that lengths differ
+
+Completion = tuple[int, ...]
+COMPLETIONS: tuple[Completion, ...] = (
+    (EOS,),
+    *((first, second) for first in (A, B) for second in SPOKEN),
+)
+
+
+class TabularConfig(PretrainedConfig):
+    model_type = "tabular"
+    vocab_size = len(TOKENIZER)
+    is_decoder = True
+
+
+class OneHot(PreTrainedModel):
+    config_class = TabularConfig
+
+    def __init__(self, config: TabularConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("eye", torch.eye(config.vocab_size), persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask=None, use_cache=None, **_: Any):
+        return BaseModelOutput(last_hidden_state=self.eye[input_ids])
+
+
+class TabularForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = TabularConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: TabularConfig) -> None:
+        super().__init__(config)
+        self.model = OneHot(config)
+        self.lm_head = nn.Linear(config.vocab_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, attention_mask=None, logits_to_keep=0, **_: Any):
+        hidden = self.model(input_ids).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+
+
+def table(seed: int) -> Tensor:
+    """Random logits `(next, previous)`; tokens that are never spoken have probability 0."""
+    logits = torch.full((len(TOKENIZER), len(TOKENIZER)), -1e9, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(SPOKEN), len(TOKENIZER), generator=generator, dtype=torch.float64)
+    logits[list(SPOKEN)] = noise
+    return logits
+
+
+def tabular(weights: Tensor) -> TabularForCausalLM:
+    model = TabularForCausalLM(TabularConfig()).double()
+    model.lm_head.weight.data.copy_(weights)
+    return model
+
+
+def token_logps(weights: Tensor, prompt: int, completion: Completion) -> Tensor:
+    previous = (prompt, *completion[:-1])
+    return weights.log_softmax(0)[list(completion), list(previous)]
+
+
+def probability(weights: Tensor, prompt: int, completions: Sequence[Completion]) -> Tensor:
+    return torch.stack([token_logps(weights, prompt, c).sum() for c in completions]).sum().exp()
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """TRL allocates rewards in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def groups_of(G: int) -> list[tuple[tuple[Completion, ...], int]]:
+    """Every multiset of G completions in a shuffled order, with its number of orders."""
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for group in itertools.combinations_with_replacement(COMPLETIONS, G):
+        order = torch.randperm(G, generator=generator).tolist()
+        counts = Counter(group).values()
+        orders = math.factorial(G) // math.prod(map(math.factorial, counts))
+        groups.append((tuple(group[i] for i in order), orders))
+    return groups
+
+
+@dataclass
+class Enumeration:
+    """One trainer, one prompt, every group.
+
+    Args:
+        sampler: logits of the policy that samples; the trained policy's own unless given, in which
+            case the gradient is caught in the second iteration over each group (`num_iterations=2`).
+    """
+
+    trainer: type
+    config: Callable[[str], Any]
+    policy: Tensor
+    reference: Tensor | None = None
+    prompt: int = PROMPTS[0]
+    reward: Callable[[Completion], float] = lambda completion: 0.0
+    sampler: Tensor | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def expected_gradient(self, folder: str) -> Tensor:
+        """`(V, V)`: Σ over groups of P(group) · ∇loss."""
+        with double_precision():
+            return self._run(self.config(folder))
+
+    def _run(self, config: Any) -> Tensor:
+        groups = groups_of(config.num_generations)
+        config.max_steps = len(groups) * config.num_iterations
+        law = self.policy if self.sampler is None else self.sampler
+        weights = [n * probability(law, self.prompt, group) for group, n in groups]
+        recorder = _Recorder(weights, config.num_iterations, self.policy, law)
+        trainer = self.trainer(
+            tabular(law),
+            self._score,
+            config,
+            Dataset.from_dict({"prompt": ["a"] * len(groups)}),
+            processing_class=TOKENIZER,
+            callbacks=[recorder],
+            rollout_func=self._speak(iter(groups)),
+            **self.arguments,
+        )
+        if self.reference is not None:
+            trainer.ref_model.lm_head.weight.data.copy_(self.reference)
+        trainer.train()
+        assert recorder.step == config.max_steps
+        return recorder.total
+
+    def _score(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [self.reward(tuple(ids)) for ids in completion_ids]
+
+    def _speak(self, groups: Iterator) -> Callable[[list, Any], dict]:
+        def rollout(prompts: list, trainer: Any) -> dict:
+            group, _ = next(groups)
+            ids = [list(completion) for completion in group]
+            assert len(ids) == len(prompts)
+            return {
+                "prompt_ids": [[self.prompt]] * len(ids),
+                "completion_ids": ids,
+                "logprobs": None,
+            }
+
+        return rollout
+
+
+class _Recorder(TrainerCallback):
+    def __init__(self, weights: list[Tensor], repeats: int, policy: Tensor, law: Tensor) -> None:
+        self.weights, self.repeats, self.policy, self.law = weights, repeats, policy, law
+        self.step, self.total = 0, torch.zeros_like(policy)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        group, iteration = divmod(self.step, self.repeats)
+        if iteration == self.repeats - 1:
+            self.total += self.weights[group] * model.lm_head.weight.grad
+        self.step += 1
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        last = self.step % self.repeats == 0
+        if self.repeats > 1:
+            model.lm_head.weight.data.copy_(self.law if last else self.policy)
+
+
+def settings(**options: Any) -> dict[str, Any]:
+    """Config arguments under which the gradient is that of the loss and nothing else."""
+    G = options.get("num_generations", 2)
+    return {
+        "num_generations": G,
+        "per_device_train_batch_size": G,
+        "max_completion_length": T,
+        "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+        "gradient_checkpointing": False,
+        "shuffle_dataset": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10**9,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        **options,
+    }
+
+
+def gradient_of(objective: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
+    """Autograd of the definition."""
+    leaf = weights.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(leaf), leaf)
+    return gradient
+
+
+def sequence_kl(weights: Tensor, reference: Tensor, prompt: int) -> Tensor:
+    """KL(π(·|x)‖ref(·|x)) over whole completions, by enumeration."""
+    terms = [
+        probability(weights, prompt, [c])
+        * (token_logps(weights, prompt, c) - token_logps(reference, prompt, c)).sum()
+        for c in COMPLETIONS
+    ]
+    return torch.stack(terms).sum()
+
+
+def expectation(weights: Tensor, prompt: int, n: int, f: Callable[..., float]) -> Tensor:
+    """E f(y₁ … yₙ) for independent completions, by enumeration."""
+    logp = torch.stack([token_logps(weights, prompt, c).sum() for c in COMPLETIONS])
+    total = torch.zeros((), dtype=torch.float64)
+    for indices in itertools.product(range(len(COMPLETIONS)), repeat=n):
+        value = f(*(COMPLETIONS[i] for i in indices))
+        if value:
+            total = total + value * logp[list(indices)].sum().exp()
+    return total
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    return float(nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0))
+
+
+def assert_same_gradient(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    """Same direction to 1e-9 *and* same length: TRL's fused head works in float32."""
+    assert expected.norm() > 1e-3, "a vanishing gradient proves nothing"
+    assert cosine(actual, expected) >= 1 - 1e-9, cosine(actual, expected)
+    assert (actual - expected).norm() <= tolerance * expected.norm()

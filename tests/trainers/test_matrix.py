@@ -1,0 +1,153 @@
+"""Every public trainer × what a user does with a trainer. Nothing escapes: trainers are collected."""
+
+import importlib
+import json
+import pkgutil
+
+import pytest
+import torch
+import trl
+from peft import LoraConfig
+
+import trl_ext.trainers
+from tests.runs import METHODS, OURS, TOKENIZER, build, parameters, vowels
+from tests.tiny import tiny_llama, tiny_prompts
+
+each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
+
+
+def test_every_trainer_has_a_row():
+    for module in pkgutil.iter_modules(trl_ext.trainers.__path__):
+        names = vars(importlib.import_module(f"trl_ext.trainers.{module.name}"))
+        for found in names.values():
+            own = isinstance(found, type) and issubclass(found, trl.GRPOTrainer)
+            if own and module.name != "_seam" and found.__module__.startswith("trl_ext.trainers."):
+                assert found in METHODS or found.__module__.endswith("_seam"), found
+
+
+def learns(trainer):
+    before = parameters(trainer)
+    trainer.train()
+    after = parameters(trainer)
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+    return trainer
+
+
+@each_trainer
+def test_two_steps(trainer, tmp_path):
+    rows = learns(build(trainer, tmp_path)).state.log_history
+    assert rows[0]["kl"] == 0.0 and rows[1]["kl"] > 0.0
+
+
+@each_trainer
+@pytest.mark.parametrize("size", [2, 4])
+def test_evaluate(trainer, size, tmp_path):
+    options = dict(per_device_eval_batch_size=4, num_generations_eval=4 if size == 4 else None)
+    run = build(trainer, tmp_path, arguments={"eval_dataset": tiny_prompts(size)}, **options)
+    before = parameters(run)
+    metrics = run.evaluate()
+    assert metrics["eval_loss"] == metrics["eval_loss"]
+    assert torch.equal(before, parameters(run))
+
+
+@each_trainer
+def test_save_and_reload_with_plain_transformers(trainer, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = learns(build(trainer, tmp_path))
+    run.save_model(str(tmp_path / "saved"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7]])
+    run.model.eval()
+    assert torch.equal(again(ids).logits, run.model(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == TOKENIZER.eos_token
+
+
+@each_trainer
+def test_peft_adapter(trainer, tmp_path):
+    model = tiny_llama(len(TOKENIZER))
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    run = build(trainer, tmp_path, model=model, arguments={"peft_config": lora})
+    learns(run)
+    for name, p in run.model.get_base_model().named_parameters():
+        if "lora" not in name:
+            assert torch.equal(p, base[name.replace(".base_layer", "")]), name
+
+
+@each_trainer
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_iterations": 2},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"steps_per_generation": 2},
+        {"kl_gradient": "sequence_vocab"},
+        {"kl_gradient": "sequence_total", "kl_baseline": "leave_one_out"},
+        {"mask_truncated_completions": True, "max_completion_length": 32, "max_steps": 3},
+        {"temperature": 0.7},
+        {"log_completions": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options(trainer, options, tmp_path):
+    learns(build(trainer, tmp_path, **options))
+
+
+@each_trainer
+def test_several_reward_functions(trainer, tmp_path):
+    def short(completions, **_):
+        return [-0.1 * len(c) for c in completions]
+
+    run = build(
+        trainer, tmp_path, arguments={"reward_funcs": [vowels, short]}, reward_weights=[1.0, 0.5]
+    )
+    rows = learns(run).state.log_history
+    expected = rows[0]["rewards/vowels/mean"] + 0.5 * rows[0]["rewards/short/mean"]
+    assert rows[0]["reward"] == pytest.approx(expected, abs=1e-6)
+
+
+@each_trainer
+def test_unscorable_completions(trainer, tmp_path):
+    def some(completions, **_):
+        return [None if i % 4 == 1 else r for i, r in enumerate(vowels(completions))]
+
+    def none(completions, **_):
+        return [None] * len(completions)
+
+    learns(build(trainer, tmp_path, arguments={"reward_funcs": some}, num_generations=8))
+    run = build(trainer, tmp_path, arguments={"reward_funcs": none}, beta=0.0)
+    before = parameters(run)
+    run.train()
+    assert torch.equal(before, parameters(run)), "nothing was scored, so nothing may move"
+
+
+@each_trainer
+def test_async_reward_functions(trainer, tmp_path):
+    async def later(completions, **_):
+        return vowels(completions)
+
+    learns(build(trainer, tmp_path, arguments={"reward_funcs": later}))
+
+
+@each_trainer
+@pytest.mark.parametrize("conversational", [False, True])
+def test_prompts_of_different_lengths(trainer, conversational, tmp_path):
+    data = tiny_prompts(16, conversational)
+    assert len({len(str(p)) for p in data["prompt"]}) > 1
+    learns(build(trainer, tmp_path, arguments={"train_dataset": data}))
+
+
+@each_trainer
+def test_iterable_dataset(trainer, tmp_path):
+    data = tiny_prompts(16).to_iterable_dataset()
+    learns(build(trainer, tmp_path, arguments={"train_dataset": data}))
+
+
+@each_trainer
+def test_config_survives_json(trainer, tmp_path):
+    run = build(trainer, tmp_path)
+    config, own = METHODS[trainer]
+    again = json.loads(run.args.to_json_string())
+    assert all(name in again for name in own)
+    assert isinstance(run.args, config)
