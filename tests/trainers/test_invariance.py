@@ -190,11 +190,16 @@ def absolute_positions():
     """GPT-2 with positions that matter: at its initial scale they would hardly show."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(TOKENIZER), n_positions=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0
+        vocab_size=len(TOKENIZER),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        tie_word_embeddings=False,
     )
     model = GPT2LMHeadModel(config)
     model.transformer.wpe.weight.data.normal_(std=1.0)
-    model.transformer.wte.weight.data.normal_(std=0.5)
+    model.lm_head.weight.data.normal_(std=0.3)
     return model
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from trl_ext.cards import write_model_card
 from trl_ext.objectives.baselines import leave_one_out
 from trl_ext.objectives.kl import k3, kl_to_go
 from trl_ext.objectives.reduce import reduce_tokens
@@ -35,6 +36,7 @@ from trl_ext.runtime.exact_state import (
     save_reference,
 )
 from trl_ext.runtime.guards import NonFiniteGuard
+from trl_ext.trainers.card import trainer_card
 
 _HOST_INIT = trl.GRPOTrainer.__init__
 
@@ -110,6 +112,14 @@ class ConstructedTrainer(trl.GRPOTrainer):
                 f"{type(config).__module__}.{type(config).__name__}; it takes the same arguments."
             )
         return config
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Writes `README.md` into the output folder: TRL's card names the parent's paper, a local
+        path or "None" as base model, and a licence key that the Hub does not read."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or ())
+            content = trainer_card(self, model_name, dataset_name, tags)
+            write_model_card(content, str(self.args.output_dir))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -15,7 +15,7 @@ from torch import Tensor
 from trl_ext.objectives.majority import majority_credit
 from trl_ext.resolve import name_of, resolve
 from trl_ext.trainers.grpo import GRPOTrainer
-from trl_ext.trainers.pass_at_k import KSampleConfig
+from trl_ext.trainers.pass_at_k import KSampleConfig, PassAtKTrainer
 
 AnswerExtractor = Callable[[str], Hashable | None]
 
@@ -70,11 +70,7 @@ class MajorityVoteTrainer(GRPOTrainer):
     config_class = MajorityVoteConfig
     _tag_names = ["trl", "trl_ext", "majority-vote"]
     _name = "Majority vote"
-    _paper = {
-        "title": "Optimizing Language Models for Inference Time Objectives using Reinforcement "
-        "Learning",
-        "id": "2503.19595",
-    }
+    _paper = PassAtKTrainer._paper
 
     @property
     def min_samples(self) -> int:

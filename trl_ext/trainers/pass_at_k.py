@@ -19,6 +19,7 @@ Sources: arXiv:2503.19595 (Tang et al.), arXiv:2505.15201 (PKPO), arXiv:2508.107
 """
 
 import json
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -192,13 +193,14 @@ class PassAtKTrainer(GRPOTrainer):
         "title": "Optimizing Language Models for Inference Time Objectives using Reinforcement "
         "Learning",
         "id": "2503.19595",
-        "citation": "@inproceedings{tang2025optimizing,\n"
-        "    title  = {{Optimizing Language Models for Inference Time Objectives using "
-        "Reinforcement Learning}},\n"
-        "    author = {Yunhao Tang and Kunhao Zheng and Gabriel Synnaeve and R\\'emi Munos},\n"
-        "    year   = 2025,\n"
-        "    eprint = {arXiv:2503.19595},\n"
-        "}",
+        "citation": textwrap.dedent("""\
+            @inproceedings{tang2025optimizing,
+                title     = {{Optimizing Language Models for Inference Time Objectives using Reinforcement Learning}},
+                author    = {Yunhao Tang and Kunhao Zheng and Gabriel Synnaeve and R{\\'e}mi Munos},
+                booktitle = {International Conference on Machine Learning},
+                year      = 2025,
+                eprint    = {arXiv:2503.19595},
+            }"""),  # noqa: E501
     }
 
     @property
