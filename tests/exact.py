@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import (
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from tests.tiny import tiny_tokenizer
@@ -155,6 +161,7 @@ class Enumeration:
             rollout_func=self._speak(iter(groups)),
             **self.arguments,
         )
+        trainer.remove_callback(PrinterCallback)
         if self.reference is not None:
             trainer.ref_model.lm_head.weight.data.copy_(self.reference)
         trainer.train()

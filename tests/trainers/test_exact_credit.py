@@ -69,7 +69,7 @@ def test_estimators_are_exact_with_one_scale_for_all_prompts(estimator, k, G, ob
 
 def test_analytic_has_the_direction_of_each_prompt_but_reweighs_prompts(tmp_path):
     """With rewards of 0 and 1 every symmetric credit points along ∇pass@k: σ changes the length."""
-    options, lengths = dict(k=2, estimator="analytic", num_generations=3), []
+    options, lengths = dict(k=2, estimator="analytic", num_generations=4), []
     for prompt in PROMPTS:
         actual = run(tmp_path, PassAtKConfig, PassAtKTrainer, BINARY, prompt, **options)
         expected = pass_at_k(2, BINARY, prompt)
@@ -93,22 +93,27 @@ VALUE = {"a": 1.0, "b": 0.25, None: 0.0}
 ANSWER = {c: last_letter(TOKENIZER.decode(c, skip_special_tokens=True)) for c in COMPLETIONS}
 
 
+def vote_gradient(k, unparsable):
+    def vote(*completions):
+        answers = [ANSWER[c] for c in completions if unparsable == "null" or c != (EOS,)]
+        counts = Counter(answers)
+        winners = [a for a, n in counts.items() if n == max(counts.values())]
+        return sum(VALUE[a] for a in winners) / max(len(winners), 1)
+
+    return gradient_of(lambda w: expectation(w, PROMPTS[0], k, vote), POLICY)
+
+
+def run_vote(folder, **options):
+    rewards = {c: VALUE[a] for c, a in ANSWER.items()}
+    options |= dict(answer_extractor=last_letter)
+    return run(folder, MajorityVoteConfig, MajorityVoteTrainer, rewards, PROMPTS[0], **options)
+
+
 @pytest.mark.parametrize(("k", "G"), [(2, 3), (3, 3), (3, 4)])
 @pytest.mark.parametrize("unparsable", ["null", "exclude"])
 def test_majority_vote_is_exact(k, G, unparsable, tmp_path):
-    def vote(*completions):
-        answers = [ANSWER[c] for c in completions if unparsable == "null" or c != (EOS,)]
-        if not answers:
-            return 0.0
-        counts = Counter(answers)
-        winners = [a for a, n in counts.items() if n == max(counts.values())]
-        return sum(VALUE[a] for a in winners) / len(winners)
-
-    options = dict(k=k, num_generations=G, answer_extractor=last_letter, unparsable=unparsable)
-    rewards = {c: VALUE[a] for c, a in ANSWER.items()}
-    actual = run(tmp_path, MajorityVoteConfig, MajorityVoteTrainer, rewards, PROMPTS[0], **options)
-    expected = gradient_of(lambda w: expectation(w, PROMPTS[0], k, vote), POLICY)
-    assert_same_gradient(actual, expected)
+    actual = run_vote(tmp_path, k=k, num_generations=G, unparsable=unparsable)
+    assert_same_gradient(actual, vote_gradient(k, unparsable))
 
 
 def test_trl_centres_with_the_own_sample_and_scales_by_the_deviation(tmp_path):

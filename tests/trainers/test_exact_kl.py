@@ -25,6 +25,7 @@ from trl_ext import GRPOConfig, GRPOTrainer
 POLICY, REFERENCE, OTHER = table(1), table(2), table(3)
 BETA = 0.5
 EXACT = ("sequence", "sequence_total", "sequence_vocab")
+GRADIENTS = (*EXACT, "token", "forward_token")
 
 
 def run(folder, config=GRPOConfig, trainer=GRPOTrainer, sampler=None, prompt=PROMPTS[0], **options):
