@@ -2,8 +2,8 @@
 
     python recipes/bench_step_time.py [--rounds 7] [--steps 10]
 
-Every round trains each variant on the same prompts from the same weights, and its time is divided by
-TRL's of the same round; printed is the median of the ratios. Rounds alternate the order, because
+Every round trains each variant on the same prompts from the same weights, and its time is divided
+by TRL's of the same round; printed is the median of the ratios. Rounds alternate the order, because
 these machines are shared. A Llama of half a million parameters, 64 completions a step, one process.
 """
 

@@ -128,7 +128,7 @@ class Enumeration:
 
     Args:
         sampler: logits of the policy that samples; the trained policy's own unless given, in which
-            case the gradient is caught in the second iteration over each group (`num_iterations=2`).
+            case the gradient is caught in the second of `num_iterations=2` over each group.
     """
 
     trainer: type

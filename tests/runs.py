@@ -106,7 +106,7 @@ def speak(texts: Callable[[str, int], str]) -> Callable[[list, Any], dict]:
         start = trainer.accelerator.process_index * len(prompts)
         G = trainer.num_generations
         spoken = [texts(p, (start + row) % G) for row, p in enumerate(prompts)]
-        completions = [TOKENIZER(t).input_ids + [TOKENIZER.eos_token_id] for t in spoken]
+        completions = [[*TOKENIZER(t).input_ids, TOKENIZER.eos_token_id] for t in spoken]
         return {
             "prompt_ids": TOKENIZER(list(prompts)).input_ids,
             "completion_ids": completions,

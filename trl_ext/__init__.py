@@ -15,12 +15,14 @@ _PUBLIC = {
     "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
     "PassAtKConfig": "trl_ext.trainers.pass_at_k",
     "PassAtKTrainer": "trl_ext.trainers.pass_at_k",
+    "evaluate_generations": "trl_ext.evals",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from trl_ext.evals import GenerationEvaluator as GenerationEvaluator
+    from trl_ext.evals import evaluate_generations as evaluate_generations
     from trl_ext.trainers.grpo import GRPOConfig as GRPOConfig
     from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig

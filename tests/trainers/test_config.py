@@ -120,7 +120,7 @@ def test_analytic_refuses_rewards_between_0_and_1(tmp_path):
         return [0.5] * len(completions)
 
     run = build(PassAtKTrainer, tmp_path, arguments={"reward_funcs": half}, estimator="analytic")
-    with pytest.raises(ValueError, match="rewards of exactly 0 or 1.*sloo_minus_one"):
+    with pytest.raises(ValueError, match=r"rewards of exactly 0 or 1.*sloo_minus_one"):
         run.train()
 
 

@@ -23,7 +23,7 @@ def test_without_args_a_config_of_the_own_class_is_made(tmp_path, monkeypatch):
 
 def test_frozen_model_is_refused(tmp_path):
     model = tiny_llama(len(TOKENIZER)).requires_grad_(False)
-    with pytest.raises(ValueError, match="no parameter requires a gradient.*is_trainable"):
+    with pytest.raises(ValueError, match=r"no parameter requires a gradient.*is_trainable"):
         build(GRPOTrainer, tmp_path, model=model)
 
 

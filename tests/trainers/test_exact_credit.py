@@ -1,4 +1,4 @@
-"""Each k-sample estimator has the gradient of its objective, scale included, through the trainer."""
+"""Through the trainer, each k-sample estimator has its objective's gradient, scale included."""
 
 import itertools
 from collections import Counter

@@ -1,8 +1,8 @@
 """What must not change a run, and for each row the bug that would: it is put back, and must show.
 
 Rows are those of the reliability page: 1 factorings of a batch, 2 two processes, 4 pads, 6 scored
-against sampled log-probabilities, 7 KL at step 0, 12 two runs with one seed. Rows 3 and 8 have files
-of their own (`test_resume.py`, `test_exact_*.py`).
+against sampled log-probabilities, 7 KL at step 0, 12 two runs with one seed. Rows 3 and 8 have
+files of their own (`test_resume.py`, `test_exact_*.py`).
 """
 
 import copy
@@ -72,7 +72,9 @@ def gradient_of_one_step(trainer, folder, rows=16, accumulation=1, **options):
 def worst_factoring(trainer, folder, **options):
     whole, _ = gradient_of_one_step(trainer, folder, **options)
     assert whole.norm() > 1e-4
-    parts = [gradient_of_one_step(trainer, folder, accumulation=a, **options)[0] for a in (2, 4, 16)]
+    parts = [
+        gradient_of_one_step(trainer, folder, accumulation=a, **options)[0] for a in (2, 4, 16)
+    ]
     return max(relative(part, whole) for part in parts)
 
 
@@ -349,7 +351,9 @@ def test_without_options_of_its_own_grpo_is_trl_bit_for_bit(options, tmp_path):
     for trainer, own in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"beta": 0.0, **ours})):
         arguments = {"eval_dataset": tiny_prompts(4), "reward_funcs": vowels}
         given = {**own, **evaluated}
-        run = build(trainer, tmp_path / trainer.__module__, model=model, arguments=arguments, **given)
+        run = build(
+            trainer, tmp_path / trainer.__module__, model=model, arguments=arguments, **given
+        )
         run.train()
         runs.append((parameters(run), logged(run)[:-1]))
     (theirs, rows), (mine, my_rows) = runs

@@ -1,4 +1,4 @@
-"""Every public trainer × what a user does with a trainer. Nothing escapes: trainers are collected."""
+"""Every public trainer × what a user does with one. Nothing escapes: trainers are collected."""
 
 import importlib
 import json

@@ -41,7 +41,7 @@ def whole_state(run):
 
 
 def differences(trainer, folder, **options):
-    """Largest difference of parameters and optimizer state, resumed at each k, and what else moved."""
+    """Per step k of the resume: largest difference of the state, and whether the rest is equal."""
     full = start(trainer, folder, **options)
     full.train()
     expected, rng, rows = whole_state(full)

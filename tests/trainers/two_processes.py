@@ -27,7 +27,10 @@ def main(folder: Path) -> None:
             gradient, _ = gradient_of_one_step(trainer, folder, rows=4, **options)
             found[f"{trainer.__name__} {name}"] = gradient
     found["mutated: local token count"] = with_local_token_count(folder)
-    for name, trainer, own in (("ours", GRPOTrainer, {"beta": 0.0}), ("theirs", trl.GRPOTrainer, {})):
+    for name, trainer, own in (
+        ("ours", GRPOTrainer, {"beta": 0.0}),
+        ("theirs", trl.GRPOTrainer, {}),
+    ):
         run = build(trainer, folder / name, max_steps=3, per_device_train_batch_size=2, **own)
         run.train()
         found[name] = parameters(run)

@@ -26,9 +26,7 @@ def _paths(folder: str, rank: int) -> tuple[Path, Path]:
     return root / f"trl_ext_window_{rank}.safetensors", root / f"trl_ext_state_{rank}.json"
 
 
-def save_exact_state(
-    folder: str, rank: int, window: Window | None, values: dict[str, Any]
-) -> None:
+def save_exact_state(folder: str, rank: int, window: Window | None, values: dict[str, Any]) -> None:
     """Writes the state of one process into a checkpoint folder.
 
     Args:
@@ -69,9 +67,10 @@ def load_exact_state(
     window_path, state_path = _paths(folder, rank)
     if not (window_path.is_file() and state_path.is_file()):
         logger.warning(
-            f"{folder} holds no trl_ext state for process {rank}: training goes on from its weights, "
-            "but samples the generation window anew and will not equal the uninterrupted run. Such "
-            "a checkpoint was written by another trainer or by another number of processes."
+            f"{folder} holds no trl_ext state for process {rank}: training goes on from its "
+            "weights, but samples the generation window anew and will not equal the uninterrupted "
+            "run. Such a checkpoint was written by another trainer or by another number of "
+            "processes."
         )
         return None
     state = json.loads(state_path.read_text())

@@ -18,7 +18,9 @@ class NonFiniteGuard(TrainerCallback):
         if not gradients or all(torch.isfinite(torch.stack(torch._foreach_norm(gradients)))):
             return
         name = next(
-            n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+            n
+            for n, p in model.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
         )
         raise FloatingPointError(
             f"gradient of {name!r} is not finite in optimizer step {state.global_step + 1}; the "

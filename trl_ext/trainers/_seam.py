@@ -75,6 +75,13 @@ class ConstructedTrainer(trl.GRPOTrainer):
     """TRL's constructor, argument for argument, around a checked and mended construction."""
 
     config_class: ClassVar[type[trl.GRPOConfig]]
+    # Optional in the host's eyes, or of its own types; once constructed they are what we say.
+    args: Any
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    max_completion_length: Any
+    num_generations: Any
 
     @functools.wraps(_HOST_INIT)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -86,8 +93,8 @@ class ConstructedTrainer(trl.GRPOTrainer):
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.args.sync_ref_model and sharded:
             raise ValueError(
-                "sync_ref_model=True is not supported with FSDP or DeepSpeed: a sharded reference is "
-                "not in the checkpoint, and a resumed run would start from another one. Use DDP."
+                "sync_ref_model=True is not supported with FSDP or DeepSpeed: a sharded reference "
+                "is not in the checkpoint, and a resumed run would start from another one. Use DDP."
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
@@ -141,6 +148,7 @@ class ResumableTrainer(ConstructedTrainer):
     """
 
     _sampler: Any = None
+    _tr_loss: Any
 
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
@@ -156,7 +164,9 @@ class ResumableTrainer(ConstructedTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
-            "logs": {key: _listed(self._logs[key]) for key in ("prompt", "completion", "advantages")},
+            "logs": {
+                key: _listed(self._logs[key]) for key in ("prompt", "completion", "advantages")
+            },
             "log_columns": {key: _listed(self._logs[key]) for key in ("rewards", "extra")},
         }
         save_exact_state(output_dir, self.args.process_index, self._buffered_inputs, values)
@@ -170,10 +180,10 @@ class ResumableTrainer(ConstructedTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        state = checkpoint and load_exact_state(
-            checkpoint, self.args.process_index, self.accelerator.device
-        )
-        if not state:
+        if checkpoint is None:
+            return
+        state = load_exact_state(checkpoint, self.args.process_index, self.accelerator.device)
+        if state is None:
             return
         if self.args.sync_ref_model:
             load_reference(checkpoint, self.accelerator.unwrap_model(self.ref_model))
@@ -267,9 +277,7 @@ class CreditTrainer(ResumableTrainer):
             number = {label: i for i, label in enumerate(dict.fromkeys(self._labels_B))}
             numbers = [-1 if label is None else number[label] for label in self._labels_B]
             labels_PG = [torch.tensor(numbers, device=rewards_PG.device).view_as(rewards_PG)]
-        return credit_of_scorable(
-            self.credit, rewards_PG, *labels_PG, min_samples=self.min_samples
-        )
+        return credit_of_scorable(self.credit, rewards_PG, *labels_PG, min_samples=self.min_samples)
 
     def _replace_advantages(self, output: dict, credit_B: Tensor) -> None:
         """Local rows into the batch, all rows into the completions table."""
@@ -299,7 +307,7 @@ class CreditTrainer(ResumableTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._last_logp_BT = scored[0]  # `_compute_loss` does not return the policy's
+        self._last_logp_BT: Any = scored[0]  # `_compute_loss` does not return the policy's
         return scored
 
     def _compute_loss(self, model, inputs):

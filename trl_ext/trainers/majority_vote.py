@@ -8,11 +8,11 @@ Source: arXiv:2503.19595, section 4.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
-from trl_ext.objectives.majority import majority_credit
+from trl_ext.objectives.majority import Unparsable, majority_credit
 from trl_ext.resolve import name_of, resolve
 from trl_ext.trainers.grpo import GRPOTrainer
 from trl_ext.trainers.pass_at_k import KSampleConfig, PassAtKTrainer
@@ -50,18 +50,23 @@ class MajorityVoteConfig(KSampleConfig):
                 "answer_extractor=None: a majority vote needs to know what a completion's answer "
                 "is. Pass a callable or 'module:function', e.g. 'trl_ext.rewards:last_boxed'."
             )
-        if self.unparsable not in ("null", "exclude"):
+        if self.unparsable not in get_args(Unparsable):
             raise ValueError(f"unparsable={self.unparsable!r} is none of null, exclude.")
         resolve(self.answer_extractor, "answer_extractor")
         super().__post_init__()
         if min(self.all_k) < 2:
             raise ValueError(f"k={self.k}: a vote needs at least 2 samples. Raise k.")
 
+    @property
+    def extractor_name(self) -> str:
+        """What stands for the extractor in files."""
+        return name_of(self.answer_extractor or "")
+
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "answer_extractor": name_of(self.answer_extractor)}
+        return {**super().to_dict(), "answer_extractor": self.extractor_name}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "answer_extractor": name_of(self.answer_extractor)}
+        return {**super().__getstate__(), "answer_extractor": self.extractor_name}
 
 
 class MajorityVoteTrainer(GRPOTrainer):

@@ -18,6 +18,7 @@ types divide by lengths and reweigh completions.
 Sources: arXiv:2503.19595 (Tang et al.), arXiv:2505.15201 (PKPO), arXiv:2508.10751.
 """
 
+import itertools
 import json
 import textwrap
 import warnings
@@ -80,9 +81,9 @@ class KSampleConfig(GRPOConfig):
         name = type(self).__name__
         if self.scale_rewards != "none":
             raise ValueError(
-                f"scale_rewards={self.scale_rewards!r} is not applied: the credit of {name} has its "
-                "own baseline, and a group's deviation would change the objective. Leave it at "
-                "'none'."
+                f"scale_rewards={self.scale_rewards!r} is not applied: the credit of {name} has "
+                "its own baseline, and a group's deviation would change the objective. Leave it "
+                "at 'none'."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
@@ -92,8 +93,8 @@ class KSampleConfig(GRPOConfig):
         refuse_truncated_sampling(self, name)
         if self.loss_type not in EXACT_FOR_SEQUENCES:
             warnings.warn(
-                f"loss_type={self.loss_type!r} reweighs completions by length, so the gradient is "
-                f"not that of the objective of {name}; {' and '.join(EXACT_FOR_SEQUENCES)} keep it.",
+                f"loss_type={self.loss_type!r} reweighs completions by length, so the gradient "
+                f"is not that of {name}'s objective; {' and '.join(EXACT_FOR_SEQUENCES)} keep it.",
                 stacklevel=2,
             )
         self._check_k()
@@ -108,17 +109,15 @@ class KSampleConfig(GRPOConfig):
         return max(k, 2)
 
     def _check_k(self) -> None:
-        sizes = {"num_generations": self.num_generations}
-        if self.num_generations_eval is not None:
-            sizes["num_generations_eval"] = self.num_generations_eval
-        for k in self.all_k:
-            for name, size in sizes.items():
-                if not 1 <= k <= size or self.smallest_group(k) > size:
-                    raise ValueError(
-                        f"k={k} is not defined for {name}={size} in {type(self).__name__}: it needs "
-                        f"at least {self.smallest_group(max(k, 1))} samples and k ≥ 1. Lower k or "
-                        f"raise {name}."
-                    )
+        names = ("num_generations", "num_generations_eval")
+        sizes = {name: size for name in names if (size := getattr(self, name)) is not None}
+        for k, (name, size) in itertools.product(self.all_k, sizes.items()):
+            if not 1 <= k <= size or self.smallest_group(k) > size:
+                raise ValueError(
+                    f"k={k} is not defined for {name}={size} in {type(self).__name__}: it needs "
+                    f"at least {self.smallest_group(max(k, 1))} samples and k ≥ 1. Lower k or "
+                    f"raise {name}."
+                )
 
 
 @dataclass
@@ -149,17 +148,26 @@ class PassAtKConfig(KSampleConfig):
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator={self.estimator!r} is none of {', '.join(ESTIMATORS)}.")
-        if isinstance(self.k_schedule, str):
-            self.k_schedule = json.loads(self.k_schedule)
-        if self.k_schedule is not None:
-            self.k_schedule = {int(step): int(k) for step, k in sorted_items(self.k_schedule)}
-            if min(self.k_schedule, default=-1) != 0:
-                raise ValueError(f"k_schedule={self.k_schedule} must say which k holds from step 0.")
+        if min(self.schedule, default=-1) != 0:
+            raise ValueError(f"k_schedule={self.k_schedule!r} must say which k holds from step 0.")
         super().__post_init__()
 
     @property
+    def schedule(self) -> dict[int, int]:
+        """From which optimizer step on which k holds."""
+        given = {0: self.k} if self.k_schedule is None else self.k_schedule
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+            return {int(step): int(k) for step, k in given.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"k_schedule={self.k_schedule!r} is no map from steps to k. Write it like "
+                '{"0": 8, "1500": 1}.'
+            ) from error
+
+    @property
     def all_k(self) -> tuple[int, ...]:
-        return tuple((self.k_schedule or {0: self.k}).values())
+        return tuple(self.schedule.values())
 
     def smallest_group(self, k: int) -> int:
         return max(k + 1 if self.estimator in BELOW_G else k, 2)
@@ -169,18 +177,13 @@ class PassAtKConfig(KSampleConfig):
         smallest = SMALLEST_K.get(self.estimator, 1)
         if min(self.all_k) < smallest:
             raise ValueError(
-                f"k={min(self.all_k)} is not defined for estimator={self.estimator!r}, which compares "
-                f"with k − 1 samples. Use k ≥ {smallest}, or estimator='sloo'."
+                f"k={min(self.all_k)} is not defined for estimator={self.estimator!r}, which "
+                f"compares with k − 1 samples. Use k ≥ {smallest}, or estimator='loo'."
             )
 
     def k_at(self, step: int) -> int:
         """The k that holds in an optimizer step."""
-        schedule = self.k_schedule or {0: self.k}
-        return schedule[max(start for start in schedule if start <= step)]
-
-
-def sorted_items(schedule: dict) -> list[tuple]:
-    return sorted(schedule.items(), key=lambda item: int(item[0]))
+        return self.schedule[max(start for start in self.schedule if start <= step)]
 
 
 class PassAtKTrainer(GRPOTrainer):
@@ -195,12 +198,13 @@ class PassAtKTrainer(GRPOTrainer):
         "id": "2503.19595",
         "citation": textwrap.dedent("""\
             @inproceedings{tang2025optimizing,
-                title     = {{Optimizing Language Models for Inference Time Objectives using Reinforcement Learning}},
+                title     = {{Optimizing Language Models for Inference Time Objectives using \\
+                              Reinforcement Learning}},
                 author    = {Yunhao Tang and Kunhao Zheng and Gabriel Synnaeve and R{\\'e}mi Munos},
                 booktitle = {International Conference on Machine Learning},
                 year      = 2025,
                 eprint    = {arXiv:2503.19595},
-            }"""),  # noqa: E501
+            }"""),
     }
 
     @property

@@ -1,0 +1,71 @@
+"""Each trainer raises its own objective on prompts it has not seen."""
+
+import pytest
+
+from tests.runs import OURS, build
+from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
+from trl_ext import GRPOTrainer, MajorityVoteTrainer, PassAtKTrainer
+from trl_ext.evals import evaluate_generations
+
+TOKENIZER = tiny_tokenizer("0123456789+=ab")
+
+
+def twice_the_same(completions, **_):
+    """A pattern over two tokens, which a policy has to find: about one completion in twenty."""
+    return [float(len(c) > 1 and c[0] == c[1] and c[0].isdigit()) for c in completions]
+
+
+def first_digit(text):
+    return text[0] if text[:1].isdigit() else None
+
+
+OBJECTIVE = {
+    GRPOTrainer: ("pass@1", {"beta": 0.01}),
+    PassAtKTrainer: ("pass@4", {"k": 4, "beta": 0.0}),
+    MajorityVoteTrainer: ("maj@4", {"k": 4, "beta": 0.0, "answer_extractor": first_digit}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
+def test_own_objective_rises_on_held_out_prompts(trainer, tmp_path):
+    objective, options = OBJECTIVE[trainer]
+    prompts = tiny_prompts(48)
+    train, held_out = prompts.select(range(32)), prompts.select(range(32, 48))
+    model = tiny_llama(len(TOKENIZER), hidden=64)
+
+    def measured():
+        result = evaluate_generations(
+            model,
+            TOKENIZER,
+            held_out,
+            [twice_the_same],
+            num_generations=16,
+            answer_extractor=first_digit,
+            max_completion_length=3,
+            disable_tqdm=True,
+        )
+        return result.metrics("")
+
+    before = measured()
+    run = build(
+        trainer,
+        tmp_path,
+        model=model,
+        arguments={
+            "train_dataset": train,
+            "reward_funcs": twice_the_same,
+            "processing_class": TOKENIZER,
+        },
+        max_steps=40,
+        per_device_train_batch_size=64,
+        num_generations=8,
+        max_completion_length=3,
+        learning_rate=3e-3,
+        **options,
+    )
+    run.train()
+    after = measured()
+    noise = (before[f"{objective}_se"] ** 2 + after[f"{objective}_se"] ** 2) ** 0.5
+    print(objective, before[objective], after[objective], noise)
+    assert after[objective] > before[objective] + 0.2 + 3 * noise

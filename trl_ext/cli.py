@@ -1,0 +1,186 @@
+"""`trl-ext <method> --config run.yaml`: parses, calls public names, decides nothing.
+
+Under accelerate: `accelerate launch -m trl_ext.cli <method> --config run.yaml`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+import trl_ext
+from trl_ext.parser import StrictParser, refuse_unknown
+from trl_ext.resolve import resolve
+
+CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+COLUMN = re.compile(r"{(\w+)}")
+
+
+@dataclass
+class RunArguments:
+    """What a run needs to know beside the trainer's and the model's options."""
+
+    dataset_name: str = field(
+        metadata={"help": "Dataset on the Hub, a folder, or a .json or .jsonl file."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the dataset."}
+    )
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "Split to train on; may be a slice, train[:1000]."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; may be a slice, test[:200]."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text of the user's turn, with columns in braces, such as {question}. Without "
+            "it the dataset must have a column prompt."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn before the prompt template."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["trl_ext.rewards:math_reward"],
+        metadata={"help": "Reward functions, each as module:function."},
+    )
+    eval_generations: int = field(
+        default=0,
+        metadata={
+            "help": "Completions per problem from which pass@k is estimated at each evaluation; 0 "
+            "turns it off. Needs dataset_test_split."
+        },
+    )
+    eval_answer_extractor: str | None = field(
+        default=None, metadata={"help": "module:function from completion to answer, for maj@k."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.system_prompt is not None and self.prompt_template is None:
+            raise ValueError(
+                f"system_prompt={self.system_prompt!r} is not applied without prompt_template: the "
+                "column prompt is taken as it is. Set prompt_template, or write it into the data."
+            )
+        if self.dataset_test_split is None and self.eval_generations:
+            raise ValueError(
+                f"eval_generations={self.eval_generations} has nothing to evaluate on. Set "
+                "dataset_test_split."
+            )
+        if self.eval_answer_extractor is not None and not self.eval_generations:
+            raise ValueError(
+                f"eval_answer_extractor={self.eval_answer_extractor!r} is not used with "
+                "eval_generations=0. Set eval_generations."
+            )
+
+
+def methods() -> dict[str, str]:
+    """Command of each public trainer, and its class without "Trainer": `"pass-at-k": "PassAtK"`."""
+    stems = [name[: -len("Trainer")] for name in trl_ext.__all__ if name.endswith("Trainer")]
+    return {CAPITAL.sub("-", stem).lower(): stem for stem in stems}
+
+
+def load_prompts(run: RunArguments, split: str) -> Dataset:
+    """The split with a column `prompt`, made from the template where there is one."""
+    path, files = run.dataset_name, None
+    if Path(path).suffix in (".json", ".jsonl"):
+        path, files = "json", run.dataset_name
+    dataset = load_dataset(path, run.dataset_config, data_files=files, split=split)
+    if run.prompt_template is None:
+        return dataset
+    check_template(run.prompt_template, dataset.column_names)
+    options = {"template": run.prompt_template, "system": run.system_prompt}
+    return dataset.map(with_prompt, fn_kwargs=options)
+
+
+def check_template(template: str, columns: Sequence[str]) -> None:
+    """Refuses a template that would give every row the same prompt."""
+    if not set(COLUMN.findall(template)) & set(columns):
+        raise ValueError(
+            f"prompt_template={template!r} names no column of the dataset, so all prompts would be "
+            f"alike. Write one of {', '.join(columns)} in braces."
+        )
+
+
+def with_prompt(row: dict[str, Any], template: str, system: str | None) -> dict[str, Any]:
+    """The row's `prompt`; braces that hold no column's name, as in LaTeX, stay as they are."""
+    text = COLUMN.sub(lambda found: str(row.get(found[1], found[0])), template)
+    turns = [("system", system), ("user", text)]
+    return {"prompt": [{"role": role, "content": said} for role, said in turns if said]}
+
+
+def build(stem: str, run: RunArguments, config: GRPOConfig, model: ModelConfig) -> GRPOTrainer:
+    """The trainer that the options describe."""
+    loading: dict[str, Any] = {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+    }
+    if isinstance(config.model_init_kwargs, dict):
+        loading |= config.model_init_kwargs
+    config.model_init_kwargs = loading
+    callbacks = []
+    if run.eval_generations:
+        extractor = run.eval_answer_extractor
+        options = {"num_generations": run.eval_generations, "answer_extractor": extractor}
+        callbacks = [trl_ext.GenerationEvaluator(None, None, None, **options)]
+    test_split = run.dataset_test_split
+    return getattr(trl_ext, f"{stem}Trainer")(
+        model=model.model_name_or_path,
+        reward_funcs=[resolve(name, "reward_funcs") for name in run.reward_funcs],
+        args=config,
+        train_dataset=load_prompts(run, run.dataset_train_split),
+        eval_dataset=None if test_split is None else load_prompts(run, test_split),
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        callbacks=callbacks,
+    )
+
+
+def parse(words: Sequence[str]) -> tuple[str, RunArguments, GRPOConfig, ModelConfig]:
+    """The trainer's class without "Trainer", and the options of run, trainer and model."""
+    known = methods()
+    refuse_unknown(words[:1], known, "method")
+    stem = known[words[0]]
+    types = [RunArguments, getattr(trl_ext, f"{stem}Config"), ModelConfig]
+    parser = StrictParser(types, prog=f"trl-ext {words[0]}")
+    return stem, *parser.parse_args_and_config(words[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> GRPOTrainer:
+    """Trains, saves and evaluates; returns the trainer."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    usage = f"usage: trl-ext {{{','.join(methods())}}} [--config run.yaml] [--option value ...]"
+    if not words or words[0] in ("-h", "--help"):
+        raise SystemExit(f"{usage}\n       trl-ext <method> --help lists its options")
+    sys.path.append(os.getcwd())  # a console script does not look there, for `module:function`
+    try:
+        stem, run, config, model = parse(words)
+    except ValueError as error:
+        raise SystemExit(f"{usage}\ntrl-ext: error: {error}") from error
+    trainer = build(stem, run, config, model)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    if run.dataset_test_split is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.dataset_name)
+    else:
+        trainer.create_model_card(dataset_name=run.dataset_name)
+    return trainer
+
+
+def command() -> None:
+    """The console script: the returned trainer is not an exit status."""
+    main()
+
+
+if __name__ == "__main__":
+    command()

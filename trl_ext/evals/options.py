@@ -1,0 +1,103 @@
+"""How completions are sampled and counted: one set of defaults for function and callback."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from trl_ext.evals.metrics import checked_ks
+from trl_ext.evals.scoring import AnswerExtractor
+from trl_ext.objectives.majority import Unparsable
+from trl_ext.resolve import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Options of `evaluate_generations` and `GenerationEvaluator`, checked on construction.
+
+    Args:
+        num_generations: completions per prompt, G.
+        ks: values of k to report, each in [1, G]; `None` means the powers of two up to G.
+        answer_extractor: from completion text to a hashable answer or `None`, as a function or as
+            `"module:function"`. Enables maj@k.
+        unparsable: `"null"` or `"exclude"`, what completions without an answer do in the vote; the
+            evaluator takes it from the config of a `MajorityVoteTrainer`.
+        success_threshold: least reward of a correct completion.
+        reward_weights: one per reward function; 1 by default.
+        max_prompts: evaluate only the first so many prompts.
+        max_completion_length: tokens; a completion without an end by then is truncated.
+        temperature: of sampling; 0 is greedy and asks for `num_generations=1`.
+        top_p: probability mass of nucleus sampling, in (0, 1].
+        top_k: tokens kept per step, 0 for all.
+        generation_kwargs: fields of `transformers.GenerationConfig`; they win over the above.
+        chat_template_kwargs: further arguments of `apply_chat_template`.
+        batch_size: completions sampled at once per process.
+        seed: of the noise; equal seeds give two policies common noise.
+        disable_tqdm: no progress bar.
+    """
+
+    num_generations: int = 16
+    ks: Sequence[int] | None = None
+    answer_extractor: AnswerExtractor | str | None = None
+    unparsable: Unparsable = "null"
+    success_threshold: float = 1.0
+    reward_weights: Sequence[float] | None = None
+    max_prompts: int | None = None
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    generation_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    batch_size: int = 64
+    seed: int = 0
+    disable_tqdm: bool = False
+
+    def __post_init__(self):
+        for name in ("num_generations", "batch_size", "max_completion_length", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} would sample nothing. Give at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is no seed of numpy's. Give an integer from 0 up.")
+        if self.unparsable not in get_args(Unparsable):
+            raise ValueError(f"unparsable={self.unparsable!r} is none of null, exclude.")
+        self._check_distribution()
+        checked_ks(self.ks, self.num_generations)
+        _ = self.extractor
+
+    def _check_distribution(self) -> None:
+        temperature, top_p = self.sampling["temperature"], self.sampling["top_p"]
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature={temperature} and top_p={top_p} define no distribution. Choose a "
+                "temperature of at least 0 and top_p in (0, 1]."
+            )
+        if temperature == 0 and self.num_generations > 1:
+            raise ValueError(
+                f"temperature=0 decodes greedily: all num_generations={self.num_generations} "
+                "completions of a prompt would be equal. Set num_generations=1, or a temperature "
+                "above 0."
+            )
+
+    @property
+    def k_values(self) -> tuple[int, ...]:
+        """`ks`, sorted and without repetitions, or its default."""
+        return checked_ks(self.ks, self.num_generations)
+
+    @property
+    def extractor(self) -> AnswerExtractor | None:
+        """`answer_extractor` as a function."""
+        if self.answer_extractor is None:
+            return None
+        return resolve(self.answer_extractor, "answer_extractor")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options that belong to `transformers.GenerationConfig`, under its names."""
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            **(self.generation_kwargs or {}),
+        }
