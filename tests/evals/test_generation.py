@@ -3,11 +3,7 @@
 import asyncio
 import functools
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from tests.processes import run_two_ranks
 from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext.evals import evaluate_generations
 from trl_ext.evals.sampling import Completion, _until_end, generation_config, sample
@@ -311,21 +308,8 @@ def report(path):
 
 
 def test_two_processes_share_the_work_and_give_the_numbers_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path / f"{rank}.json")],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
-    ]
     report(tmp_path / "single.json")
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    run_two_ranks(lambda rank: ["-c", WORKER, str(tmp_path / f"{rank}.json")])
     names = ("single", "0", "1")
     (single, tables), (first, of_first), (second, of_second) = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in names

@@ -7,8 +7,6 @@ files of their own (`test_resume.py`, `test_exact_*.py`).
 
 import copy
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from trl.trainer import grpo_trainer
 
 import trl_ext.trainers._seam as seam
+from tests.processes import run_two_ranks
 from tests.runs import (
     OURS,
     TOKENIZER,
@@ -101,20 +100,12 @@ def test_mutation_kl_not_divided_by_the_accumulation(tmp_path, monkeypatch):
 # Row 2
 
 
-def two_process_gradients(folder):
-    """Every trainer in two gloo processes; each group's rows are split over both ranks."""
-    script = Path(__file__).with_name("two_processes.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "gradients.pt", weights_only=True)
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return two_process_gradients(tmp_path_factory.mktemp("two"))
+    """Every trainer in two processes; groups of eight are split over both ranks."""
+    script, folder = Path(__file__).with_name("two_processes.py"), tmp_path_factory.mktemp("two")
+    run_two_ranks(lambda rank: [str(script), str(folder)])
+    return torch.load(folder / "gradients.pt", weights_only=True)
 
 
 def one_process(trainer, folder, name):

@@ -1,4 +1,4 @@
-"""Run by `test_invariance.py` under torchrun: one optimizer step of each trainer on two ranks."""
+"""Run by `test_invariance.py` on two ranks: one optimizer step of each trainer on two ranks."""
 
 import sys
 from pathlib import Path

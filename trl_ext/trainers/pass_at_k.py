@@ -150,6 +150,8 @@ class PassAtKConfig(KSampleConfig):
             raise ValueError(f"estimator={self.estimator!r} is none of {', '.join(ESTIMATORS)}.")
         if min(self.schedule, default=-1) != 0:
             raise ValueError(f"k_schedule={self.k_schedule!r} must say which k holds from step 0.")
+        if self.k_schedule is not None:
+            self.k_schedule = self.schedule
         super().__post_init__()
 
     @property
