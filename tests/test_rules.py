@@ -43,7 +43,10 @@ FLOORS = {
     },
     "data": {"torch", "datasets", "trl_ext.data"},
     "variants": {"torch", "trl_ext.objectives", "trl_ext.variants"},
-    "runtime": {"torch", "transformers", "huggingface_hub", "safetensors", "trl_ext.runtime"},
+    "runtime": {
+        *("torch", "transformers", "huggingface_hub", "safetensors", "packaging"),
+        "trl_ext.runtime",
+    },
     "cards": {"transformers", "huggingface_hub", "safetensors", "trl_ext.cards"},
     "trainers": {
         *("torch", "transformers", "trl", "accelerate", "datasets", "peft"),

@@ -36,8 +36,10 @@ from trl_ext.runtime.exact_state import (
     save_reference,
 )
 from trl_ext.runtime.guards import NonFiniteGuard
+from trl_ext.runtime.host import check_host
 from trl_ext.trainers.card import trainer_card
 
+check_host()
 _HOST_INIT = trl.GRPOTrainer.__init__
 
 
