@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -127,8 +128,9 @@ class Enumeration:
     """One trainer, one prompt, every group.
 
     Args:
-        sampler: logits of the policy that samples; the trained policy's own unless given, in which
-            case the gradient is caught in the second of `num_iterations=2` over each group.
+        sampler: logits of the policy that samples; the trained policy's own unless given. With
+            `num_iterations=2` it is an older policy, and the gradient is caught in the second
+            iteration; else it is a server, which reports its log-probabilities as vLLM does.
     """
 
     trainer: type
@@ -151,8 +153,9 @@ class Enumeration:
         law = self.policy if self.sampler is None else self.sampler
         weights = [n * probability(law, self.prompt, group) for group, n in groups]
         recorder = _Recorder(weights, config.num_iterations, self.policy, law)
+        older = config.num_iterations > 1
         trainer = self.trainer(
-            tabular(law),
+            tabular(law if older else self.policy),
             self._score,
             config,
             Dataset.from_dict({"prompt": ["a"] * len(groups)}),
@@ -162,11 +165,17 @@ class Enumeration:
             **self.arguments,
         )
         trainer.remove_callback(PrinterCallback)
+        if self.sampler is not None and not older:
+            trainer.use_vllm, trainer._last_loaded_step = True, -1
+            trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
         if self.reference is not None:
             trainer.ref_model.lm_head.weight.data.copy_(self.reference)
         trainer.train()
         assert recorder.step == config.max_steps
         return recorder.total
+
+    def _sampled_logps(self, completion: Completion) -> list[float]:
+        return token_logps(self.sampler, self.prompt, completion).tolist()
 
     def _score(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [self.reward(tuple(ids)) for ids in completion_ids]
@@ -176,10 +185,11 @@ class Enumeration:
             group, _ = next(groups)
             ids = [list(completion) for completion in group]
             assert len(ids) == len(prompts)
+            reported = self.sampler is not None and trainer.use_vllm
             return {
                 "prompt_ids": [[self.prompt]] * len(ids),
                 "completion_ids": ids,
-                "logprobs": None,
+                "logprobs": [self._sampled_logps(c) for c in group] if reported else None,
             }
 
         return rollout

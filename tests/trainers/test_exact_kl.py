@@ -80,6 +80,13 @@ def test_exact_forms_stay_exact_off_policy(kl_gradient, kl_baseline, tmp_path):
     assert_same_gradient(run(tmp_path, sampler=OTHER, **options), sequence_gradient())
 
 
+@pytest.mark.parametrize("kl_gradient", EXACT)
+def test_exact_forms_stay_exact_where_a_server_samples_another_policy(kl_gradient, tmp_path):
+    """vLLM's precision makes it one; TRL corrects the policy term for it and leaves the KL."""
+    actual = run(tmp_path, sampler=OTHER, kl_gradient=kl_gradient)
+    assert_same_gradient(actual, sequence_gradient())
+
+
 def test_token_is_the_prefix_fixed_part_of_the_reverse_kl(tmp_path):
     actual = run(tmp_path, kl_gradient="token")
     assert_same_gradient(actual, prefix_fixed("reverse"))

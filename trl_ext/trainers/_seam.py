@@ -323,7 +323,7 @@ class CreditTrainer(ResumableTrainer):
         logp_BT, self._last_logp_BT = self._last_logp_BT, None
         tokens = Tokens(
             logp_BT=logp_BT,
-            old_logp_BT=inputs.get("old_per_token_logps", logp_BT.detach()),
+            old_logp_BT=self._sampling_logp(inputs, logp_BT),
             ref_logp_BT=inputs["ref_per_token_logps"],
             mask_BT=_loss_mask(inputs),
             baseline_BT=inputs.get("kl_baseline"),
@@ -331,6 +331,14 @@ class CreditTrainer(ResumableTrainer):
         )
         self._log_kl(tokens)
         return loss + beta * self._reduced(self.kl_loss(tokens), tokens.mask_BT, inputs)
+
+    def _sampling_logp(self, inputs: dict, logp_BT: Tensor) -> Tensor:
+        """Log-probabilities of the policy that sampled: the server's own, where it reports them."""
+        old_BT = inputs.get("old_per_token_logps", logp_BT.detach())
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            sampled_BT = inputs["sampling_per_token_logps"]
+            return torch.where(sampled_BT.isnan(), old_BT, sampled_BT)
+        return old_BT
 
     def _log_kl(self, tokens: Tokens) -> None:
         with torch.no_grad():

@@ -11,7 +11,8 @@
 |                    | direction. TRL's k3 without correction                         |       |
 
 "Exact" needs a `loss_type` that sums over tokens (`dr_grpo`, `luspo`; `dapo` up to the number of
-tokens in the batch). Off policy the exact forms carry the prefix importance ratio. The value logged
+tokens in the batch). Off policy the exact forms carry the prefix importance ratio, against vLLM's
+own log-probabilities where it samples, untruncated. The value logged
 as `kl` is k3 in every case, the mean over sampled tokens: an estimate of the KL per token, never
 negative, and not what is differentiated. Source: arXiv:2506.09477, sections 3 and 4.
 """
