@@ -1,4 +1,4 @@
-"""`python -m tests.resume_report`: parameters after a resume at each step, against the whole run."""
+"""`python -m tests.resume_report`: a resume at each step, compared with the uninterrupted run."""
 
 import tempfile
 from pathlib import Path

@@ -31,6 +31,7 @@ KEYS: dict[str, Callable[[int], int]] = {
 }
 KEY_FREQUENCIES = {"+7": 0.4, "*3": 0.3, "rev": 0.2, "-1": 0.1}
 LEVELS = (1, 2, 3)
+MOST_MISSES = 1000
 
 
 def calculator_puzzles(
@@ -60,17 +61,20 @@ def calculator_puzzles(
     _check(train, held_out, levels, frequencies)
     rng = random.Random(seed)
     puzzles: dict[str, dict] = {}
-    draws = 0
+    misses = 0
     while len(puzzles) < train + held_out:
-        if draws >= 50 * (train + held_out):
+        puzzle = _draw(rng, levels, frequencies)
+        if puzzle is not None and puzzle["prompt"] not in puzzles:
+            puzzles[puzzle["prompt"]] = puzzle
+            misses = 0
+            continue
+        misses += 1
+        if misses == MOST_MISSES:
             raise ValueError(
-                f"train={train} and held_out={held_out} at levels={tuple(levels)}: only "
-                f"{len(puzzles)} different puzzles turned up in {draws} draws. Ask for fewer "
-                "puzzles, or add a level."
+                f"train={train} and held_out={held_out} at levels={tuple(levels)}: after "
+                f"{len(puzzles)} puzzles, {misses} draws in a row brought no new one. Ask for "
+                "fewer puzzles, or add a level."
             )
-        draws += 1
-        if puzzle := _draw(rng, levels, frequencies):
-            puzzles.setdefault(puzzle["prompt"], puzzle)
     rows = list(puzzles.values())
     return DatasetDict(
         train=Dataset.from_list(rows[held_out:]), held_out=Dataset.from_list(rows[:held_out])
