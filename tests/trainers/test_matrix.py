@@ -1,5 +1,6 @@
 """Every public trainer × what a user does with one. Nothing escapes: trainers are collected."""
 
+import datetime
 import importlib
 import json
 import pkgutil
@@ -120,6 +121,18 @@ def test_unscorable_completions(trainer, tmp_path):
     before = parameters(run)
     run.train()
     assert torch.equal(before, parameters(run)), "nothing was scored, so nothing may move"
+
+
+@each_trainer
+def test_a_reward_function_may_log_anything(trainer, tmp_path):
+    def telling(completions, log_extra, log_metric, **_):
+        log_extra("when", [datetime.date(2026, 1, 1)] * len(completions))
+        log_metric("length", 1.0)
+        return vowels(completions)
+
+    options = dict(log_completions=True, save_strategy="steps", save_steps=1, max_steps=2)
+    run = learns(build(trainer, tmp_path, arguments={"reward_funcs": telling}, **options))
+    assert run.state.log_history[0]["length"] == 1.0
 
 
 @each_trainer

@@ -33,7 +33,7 @@ def save_exact_state(folder: str, rank: int, window: Window | None, values: dict
         folder: an existing checkpoint folder.
         rank: index of the process.
         window: micro-batches of the generation window; tensors, or JSON-able values.
-        values: anything JSON-able; floats survive exactly.
+        values: JSON-able, floats survive exactly; what is not becomes its text.
     """
     tensors, rest = {}, []
     for i, batch in enumerate(window or []):
@@ -44,7 +44,9 @@ def save_exact_state(folder: str, rank: int, window: Window | None, values: dict
         rest.append({k: v for k, v in batch.items() if not isinstance(v, Tensor)})
     window_path, state_path = _paths(folder, rank)
     _replace(window_path, lambda path: save_file(tensors, path))
-    text = json.dumps({"window": None if window is None else rest, "values": values})
+    state = {"window": None if window is None else rest, "values": values}
+    # A reward function may log anything beside its completions; its text is enough for a table.
+    text = json.dumps(state, default=str)
     _replace(state_path, lambda path: path.write_text(text))
 
 

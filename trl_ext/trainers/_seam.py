@@ -21,6 +21,7 @@ import trl
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -47,8 +48,8 @@ _HOST_INIT = trl.GRPOTrainer.__init__
 def _reference_copied_from(model: Any) -> Iterator[None]:
     """TRL reloads the reference from `config._name_or_path`: a model changed in memory would be
     pulled towards weights it never had, and a custom class would not load at all."""
-    if not isinstance(model, PreTrainedModel):
-        yield
+    if not isinstance(model, PreTrainedModel) or is_deepspeed_zero3_enabled():
+        yield  # a copy would hold this process's share of the weights
         return
     reload = grpo_trainer.create_model_from_path
     grpo_trainer.create_model_from_path = lambda *_, **__: copy.deepcopy(model)
@@ -166,10 +167,7 @@ class ResumableTrainer(ConstructedTrainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
-            "logs": {
-                key: _listed(self._logs[key]) for key in ("prompt", "completion", "advantages")
-            },
-            "log_columns": {key: _listed(self._logs[key]) for key in ("rewards", "extra")},
+            "logs": self._logged_completions(),
         }
         save_exact_state(output_dir, self.args.process_index, self._buffered_inputs, values)
 
@@ -196,14 +194,21 @@ class ResumableTrainer(ConstructedTrainer):
         self._globalstep_last_logged = values["last_logged"]
         self._metrics["train"] = defaultdict(list, values["metrics"])
         for key, rows in values["logs"].items():
-            self._logs[key].extend(rows)
-        for key, columns in values["log_columns"].items():
-            for name, rows in columns.items():
-                self._logs[key][name].extend(rows)
+            if isinstance(rows, list):
+                self._logs[key].extend(rows)
+                continue
+            for name, column in rows.items():
+                self._logs[key][name].extend(column)
 
-
-def _listed(logged: Any) -> Any:
-    return {k: list(v) for k, v in logged.items()} if isinstance(logged, dict) else list(logged)
+    def _logged_completions(self) -> dict[str, Any]:
+        """The completions table of the window in use; prompts with images are not kept."""
+        if not self.log_completions or self._is_vlm:
+            return {}
+        columns = {key: rows for key, rows in self._logs.items() if key != "images"}
+        return {
+            key: {k: list(v) for k, v in rows.items()} if isinstance(rows, dict) else list(rows)
+            for key, rows in columns.items()
+        }
 
 
 @dataclass(frozen=True)
