@@ -3,9 +3,13 @@
     python recipes/quickstart.py [--seed 0] [--output-dir quickstart_output]
 
 Makes a task (calculator puzzles: which keys take both displays to their targets?), a tokenizer and
-a Llama of about a million parameters; teaches it to press keys by SFT; then trains three copies
-with the same prompts, samples, steps and learning rate: TRL's GRPO, pass@k and majority vote. What
-differs is the credit of a sample, and with it the normaliser that each method prescribes.
+a Llama of about a million parameters; teaches it to press keys by SFT on worked solutions that
+favour some keys more than the puzzles do; then trains three copies with the same prompts, samples,
+steps and learning rate: TRL's GRPO, pass@k and majority vote. What differs is the credit of a
+sample, and with it the normaliser that each method prescribes.
+
+GRPO settles on the one program that is most often right: a little better with one try, and nothing
+gained by sixteen. Pass@k training learns to try the rarer keys too.
 
 It writes `quickstart.png` and `pass-at-k/`: weights, tokenizer and model card. See
 `quickstart_seeds.py` for the same over several seeds.
@@ -53,6 +57,8 @@ from trl_ext.evals import EvaluationResult, evaluate_generations
 from trl_ext.rewards.calculator import calculator_reward, keys_pressed
 
 K = 8
+# Worked solutions show some keys less often than puzzles need them.
+DEMONSTRATED = {"+7": 0.7, "*3": 0.2, "rev": 0.07, "-1": 0.03}
 METHODS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, {}),
     "pass@k": (PassAtKTrainer, PassAtKConfig, {"k": K}),
@@ -85,6 +91,7 @@ class Run:
 
     options: Options
     data: datasets.DatasetDict
+    demonstrations: datasets.Dataset
     tokenizer: PreTrainedTokenizerFast
     policies: dict[str, PreTrainedModel] = field(default_factory=dict)
     results: dict[str, EvaluationResult] = field(default_factory=dict)
@@ -111,7 +118,8 @@ def main(options: Options, console: Console | None = None) -> Run:
 def train_and_evaluate(options: Options, methods: dict, console: Console) -> Run:
     """The experiment: one start, every method from it, all judged on the same held-out puzzles."""
     data = calculator_puzzles(options.train_size, options.held_out_size, seed=options.seed)
-    run = Run(options, data, make_tokenizer(data["train"]))
+    shown = demonstrations(options, data["held_out"])
+    run = Run(options, data, shown, make_tokenizer(shown))
     with progress_bars(console) as progress:
         bars = {"warm start": progress.add_task("warm start", total=options.warm_start_steps)}
         bars |= {name: progress.add_task(name, total=options.steps) for name in methods}
@@ -126,6 +134,15 @@ def train_and_evaluate(options: Options, methods: dict, console: Console) -> Run
             run.results[name] = evaluate(run, policy)
             progress.advance(bars["evaluation"])
     return run
+
+
+def demonstrations(options: Options, held_out: datasets.Dataset) -> datasets.Dataset:
+    """Other puzzles with their solutions; none of them is held out."""
+    shown = calculator_puzzles(
+        options.train_size, 1, frequencies=DEMONSTRATED, seed=options.seed + 1000
+    )
+    secret = set(held_out["prompt"])
+    return shown["train"].filter(lambda puzzle: puzzle["prompt"] not in secret)
 
 
 def make_tokenizer(puzzles: datasets.Dataset) -> PreTrainedTokenizerFast:
@@ -177,7 +194,7 @@ def warm_start(run: Run, bar: "Bar") -> LlamaForCausalLM:
     trainer = trl.SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=run.data["train"].select_columns(["prompt", "completion"]),
+        train_dataset=run.demonstrations.select_columns(["prompt", "completion"]),
         processing_class=run.tokenizer,
         callbacks=[bar],
     )
@@ -195,7 +212,7 @@ def train(run: Run, name: str, policy: PreTrainedModel, method: tuple, bar: "Bar
         per_device_train_batch_size=16 * 16,
         num_generations=16,
         max_completion_length=MOST_TOKENS,
-        learning_rate=4e-4,
+        learning_rate=2e-4,
         lr_scheduler_type="constant",
         eval_strategy="steps",
         eval_steps=options.eval_steps,

@@ -44,15 +44,15 @@ def print_table(run: "Run", console: Console) -> None:
     ks = run.results["start"].ks
     names = [f"pass@{k}" for k in ks] + [f"maj@{ks[-1]}"]
     puzzles = len(run.data["held_out"])
-    table = Table(
-        title=f"{puzzles} held-out puzzles, mean ± standard error", title_justify="left", box=SIMPLE
-    )
+    title = f"{puzzles} held-out puzzles, percent, mean ± standard error"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("policy")
     for name in names:
         table.add_column(name, justify="right")
     for policy, result in run.results.items():
         numbers = result.metrics("")
-        table.add_row(policy, *(f"{numbers[n]:.2f}±{numbers[f'{n}_se']:.2f}" for n in names))
+        cells = [f"{100 * numbers[n]:.1f}±{100 * numbers[f'{n}_se']:.1f}" for n in names]
+        table.add_row(policy, *cells)
     console.print(table)
     for name in (names[0], f"pass@{ks[-1]}"):
         mean, error = paired(run.results["pass@k"], run.results["GRPO"], name)
@@ -75,7 +75,7 @@ def draw_curves(run: "Run", path: Path) -> Path:
     draw_by_k(by_k, run)
     draw_by_step(by_step, run)
     for axes in (by_k, by_step):
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def draw_by_step(axes: Axes, run: "Run") -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel("pass@k")
     axes.set_title("During training, 128 of them, 16 tries", loc="left")
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="upper right")
 
 
 def band(values: list[float], errors: list[float]) -> tuple[list[float], list[float]]:
@@ -141,7 +141,8 @@ def write_card(run: "Run", folder: Path, figure: Path) -> None:
         license="apache-2.0",
         dataset_note=(
             f"{len(run.data['train'])} generated calculator puzzles, "
-            f"`trl_ext.data.calculator_puzzles(seed={run.options.seed})`."
+            f"`trl_ext.data.calculator_puzzles(seed={run.options.seed})`, after a warm start on "
+            f"{len(run.demonstrations)} others, worked out, that favour some of the keys."
         ),
         hyperparameters=hyperparameters_of(run.arguments["pass@k"]),
         training=training_facts(run),
@@ -178,5 +179,5 @@ def limitations(run: "Run") -> str:
     return (
         "It knows calculators of four keys and nothing else. Against GRPO from the same start and "
         f"with the same budget, {most} differs by {gain[0]:+.3f} ± {gain[1]:.3f} and pass@1 by "
-        f"{one[0]:+.3f} ± {one[1]:.3f} (paired over puzzles): a single try is the price of many."
+        f"{one[0]:+.3f} ± {one[1]:.3f} (paired over puzzles)."
     )

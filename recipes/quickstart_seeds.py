@@ -1,6 +1,6 @@
 """The quickstart over several seeds: is its effect more than the luck of one?
 
-    python recipes/quickstart_seeds.py [--seeds 0 1 2 3 4] [--processes 2]
+    python recipes/quickstart_seeds.py [--seeds 0 1 2 3 4 5] [--processes 2]
 
 Every seed has its own puzzles, weights and samples. Beside the three methods runs a control: GRPO
 with the normaliser and the unscaled rewards of pass@k, so that nothing but the credit differs.
@@ -33,7 +33,7 @@ Numbers = dict[str, dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--processes", type=int, default=2, help="seeds at a time, a core for each")
     given = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")

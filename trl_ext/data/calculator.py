@@ -77,7 +77,10 @@ def calculator_puzzles(
             )
     rows = list(puzzles.values())
     return DatasetDict(
-        train=Dataset.from_list(rows[held_out:]), held_out=Dataset.from_list(rows[:held_out])
+        {
+            "train": Dataset.from_list(rows[held_out:]),
+            "held_out": Dataset.from_list(rows[:held_out]),
+        }
     )
 
 
