@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import trl
 
+import trl_ext.trainers.pass_at_k as pass_at_k_module
 from tests.exact import (
     COMPLETIONS,
     EOS,
@@ -26,6 +27,7 @@ from trl_ext import MajorityVoteConfig, MajorityVoteTrainer, PassAtKConfig, Pass
 
 POLICY = table(1)
 CONTINUOUS = dict(zip(COMPLETIONS, [0.0, 1.0, 0.25, 0.5, 0.0, 0.75, 1.0], strict=True))
+SHORT_WINS = {**CONTINUOUS, (EOS,): 0.75}
 BINARY = {completion: float(reward > 0.5) for completion, reward in CONTINUOUS.items()}
 
 
@@ -144,3 +146,24 @@ def test_unscorable_completions_are_as_if_never_drawn(tmp_path):
         )
 
     assert_same_gradient(actual, gradient_of(surrogate, POLICY))
+
+
+def test_mutation_own_sample_in_the_baseline(tmp_path, monkeypatch):
+    def centred_on_itself(rewards_PG, k):
+        return rewards_PG - rewards_PG.mean(1, keepdim=True)
+
+    monkeypatch.setitem(pass_at_k_module.ESTIMATORS, "loo", centred_on_itself)
+    actual = run(tmp_path, PassAtKConfig, PassAtKTrainer, CONTINUOUS, PROMPTS[0], k=1)
+    expected = pass_at_k(1, CONTINUOUS, PROMPTS[0])
+    assert_same_gradient(actual, expected / 2)
+    with pytest.raises(AssertionError):
+        assert_same_gradient(actual, expected)
+
+
+def test_mutation_length_normaliser(tmp_path):
+    """`grpo` divides each row by its own length: no sequence objective has this gradient."""
+    options = dict(k=2, num_generations=3, loss_type="grpo")
+    assert len({len(c) for c, reward in SHORT_WINS.items() if reward}) == 2
+    with pytest.warns(UserWarning, match="reweighs completions"):
+        actual = run(tmp_path, PassAtKConfig, PassAtKTrainer, SHORT_WINS, PROMPTS[0], **options)
+    assert cosine(actual, pass_at_k(2, SHORT_WINS, PROMPTS[0])) < 0.999

@@ -21,6 +21,8 @@ from tests.exact import (
     token_logps,
 )
 from trl_ext import GRPOConfig, GRPOTrainer
+from trl_ext.objectives import kl
+from trl_ext.trainers import grpo
 
 POLICY, REFERENCE, OTHER = table(1), table(2), table(3)
 BETA = 0.5
@@ -113,3 +115,18 @@ def test_the_harness_knows_the_probabilities():
         total = sum(probability(POLICY, prompt, [c]) for c in COMPLETIONS)
         torch.testing.assert_close(total, torch.ones_like(total))
         assert len({len(token_logps(POLICY, prompt, c)) for c in COMPLETIONS}) == 2
+
+
+def test_mutation_k1_differentiated(tmp_path, monkeypatch):
+    """As a loss the log-ratio has gradient 0 in expectation: the harness must not be satisfied."""
+    monkeypatch.setattr(
+        grpo, "sequence_kl_loss", lambda logp, old, ref, mask: (logp - ref.detach()) * mask
+    )
+    assert run(tmp_path, kl_gradient="sequence").norm() < 1e-6 * sequence_gradient().norm()
+
+
+def test_mutation_prefix_ratio_detached(tmp_path, monkeypatch):
+    """ "Because it is 1 on policy": its gradient is not."""
+    ratio = kl.prefix_ratio
+    monkeypatch.setattr(kl, "prefix_ratio", lambda *args: ratio(*args).detach())
+    assert run(tmp_path, kl_gradient="sequence").norm() == 0
