@@ -280,6 +280,25 @@ def test_mutation_reference_reloaded_from_the_path(tmp_path, monkeypatch):
     assert first_kl(GRPOTrainer, tmp_path, changed_in_memory(tmp_path)) > 1e-3
 
 
+def after_another_trainer(folder):
+    """Gradient at the second trainer of one model, and at the first trainer of its twin."""
+    model, gradients = tiny_llama(len(TOKENIZER)), []
+    build(GRPOTrainer, folder, model=model, learning_rate=0.0).train()
+    for policy in (model, tiny_llama(len(TOKENIZER))):
+        options = dict(kl_gradient="sequence_vocab", model=policy)
+        gradients.append(gradient_of_one_step(GRPOTrainer, folder, **options)[0])
+    return relative(*gradients)
+
+
+def test_a_model_that_was_trained_before_has_a_reference_of_its_own(tmp_path):
+    assert after_another_trainer(tmp_path) <= 1e-6
+
+
+def test_mutation_reference_runs_the_policys_forward(tmp_path, monkeypatch):
+    monkeypatch.setattr(seam, "_copied", copy.deepcopy)
+    assert after_another_trainer(tmp_path) > 1e-3
+
+
 def test_the_reference_stays_where_it_was(tmp_path):
     run = build(GRPOTrainer, tmp_path, beta=0.1)
     before = copy.deepcopy(run.ref_model.state_dict())

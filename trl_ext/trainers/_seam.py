@@ -52,11 +52,19 @@ def _reference_copied_from(model: Any) -> Iterator[None]:
         yield  # a copy would hold this process's share of the weights
         return
     reload = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = lambda *_, **__: copy.deepcopy(model)
+    grpo_trainer.create_model_from_path = lambda *_, **__: _copied(model)
     try:
         yield
     finally:
         grpo_trainer.create_model_from_path = reload
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    copied = copy.deepcopy(model)
+    if not hasattr(model, "_hf_hook"):  # which belongs to a model split over devices
+        # An earlier trainer's fused head: copied, it would still run the original's weights.
+        vars(copied).pop("forward", None)
+    return copied
 
 
 def _number_positions(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
