@@ -15,7 +15,7 @@ from torch import Tensor
 from trl_ext.objectives.majority import Unparsable, majority_credit
 from trl_ext.resolve import name_of, resolve
 from trl_ext.trainers.grpo import GRPOTrainer
-from trl_ext.trainers.pass_at_k import KSampleConfig, PassAtKTrainer
+from trl_ext.trainers.k_sample import TANG_2025, KSampleConfig
 
 AnswerExtractor = Callable[[str], Hashable | None]
 
@@ -75,7 +75,7 @@ class MajorityVoteTrainer(GRPOTrainer):
     config_class = MajorityVoteConfig
     _tag_names = ["trl", "trl_ext", "majority-vote"]
     _name = "Majority vote"
-    _paper = PassAtKTrainer._paper
+    _paper = TANG_2025
 
     @property
     def min_samples(self) -> int:
