@@ -73,7 +73,7 @@ class KSampleConfig(GRPOConfig):
             warnings.warn(
                 f"loss_type={self.loss_type!r} reweighs completions by length, so the gradient "
                 f"is not that of {name}'s objective; {' and '.join(EXACT_FOR_SEQUENCES)} keep it.",
-                stacklevel=2,
+                stacklevel=4,  # the line that builds the config
             )
         self._check_k()
 
