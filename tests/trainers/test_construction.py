@@ -60,6 +60,7 @@ def test_card_names_the_method_and_passes_the_check(tmp_path):
     assert card_problems(text) == []
     assert "Pass@k" in text and "GRPO" not in text.replace("grpo", "")
     assert "2503.19595" in text and str(tmp_path) not in text
+    assert f"# {tmp_path.name}\n" in text
     assert re.search(r"\| `k` \| 2 \|", text) and "`estimator`" in text
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def trainer_card(
 
     Args:
         trainer: any trainer of trl_ext.
-        model_name: title of the card; the output folder's name is the caller's business.
+        model_name: title of the card; by default the Hub's name of the model, or its folder's.
         dataset_name: Hub id of the training data; found in the dataset's record if not given.
         tags: further tags.
     """
@@ -38,7 +39,7 @@ def trainer_card(
     else:
         base = model.config._name_or_path
     dataset = hub_id(dataset_name) or hub_dataset_id(trainer.train_dataset)
-    title = model_name or f"{trainer._name} model"
+    title = model_name or Path(args.hub_model_id or args.output_dir).name
     return CardContent(
         title=title,
         method=trainer._tag_names[-1],
