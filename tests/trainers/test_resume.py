@@ -10,25 +10,22 @@ import trl
 
 import trl_ext.trainers._seam as seam
 from tests.runs import OURS, build, logged, parameters
+from tests.tiny import tiny_prompts
 
 N = 6
 WINDOWS = {
     "steps_per_generation": {"steps_per_generation": 4},
     "num_iterations": {"num_iterations": 2},
+    "stream": {"train_rows": 6, "streamed": True},
     "epochs": {"max_steps": -1, "num_train_epochs": 3, "train_rows": 4, "num_iterations": 1},
 }
 
 
-def start(trainer, folder, train_rows=16, **options):
-    from tests.tiny import tiny_prompts
-
-    options = {
-        "max_steps": N,
-        "save_steps": 1,
-        "save_strategy": "steps",
-        "logging_steps": 2,
-    } | options
-    return build(trainer, folder, arguments={"train_dataset": tiny_prompts(train_rows)}, **options)
+def start(trainer, folder, train_rows=16, streamed=False, **options):
+    saving = {"max_steps": N, "save_steps": 1, "save_strategy": "steps", "logging_steps": 2}
+    prompts = tiny_prompts(train_rows)
+    arguments = {"train_dataset": prompts.to_iterable_dataset() if streamed else prompts}
+    return build(trainer, folder, arguments=arguments, **(saving | options))
 
 
 def whole_state(run):
@@ -68,7 +65,10 @@ def test_trl_is_not_exact_inside_a_window(tmp_path):
     assert found[2][0] > 1e-2
 
 
-@pytest.mark.parametrize("lost", ["window", "step", "metrics", "epochs"])
+HOOKS = {"epochs": "_load_optimizer_and_scheduler", "stream": "_init_training_state"}
+
+
+@pytest.mark.parametrize("lost", ["window", "step", "metrics", "epochs", "stream"])
 def test_mutation_each_part_of_the_state_is_needed(lost, tmp_path, monkeypatch):
     load, restored = seam.load_exact_state, []
 
@@ -82,9 +82,9 @@ def test_mutation_each_part_of_the_state_is_needed(lost, tmp_path, monkeypatch):
         return None if lost == "window" else window, values
 
     monkeypatch.setattr(seam, "load_exact_state", forgetful)
-    options = WINDOWS["epochs" if lost == "epochs" else "steps_per_generation"]
-    if lost == "epochs":
-        name = "_load_optimizer_and_scheduler"
+    options = WINDOWS[lost if lost in HOOKS else "steps_per_generation"]
+    if lost in HOOKS:
+        name = HOOKS[lost]
         monkeypatch.setattr(seam.ResumableTrainer, name, getattr(trl.GRPOTrainer, name))
     found = differences(OURS[0], tmp_path, **options)
     print(lost, found)

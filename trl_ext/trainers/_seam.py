@@ -10,8 +10,9 @@ a model with absolute positions and left-padded prompts, which TRL scores at shi
 import copy
 import functools
 import inspect
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,8 +21,9 @@ import torch
 import trl
 from accelerate.utils import gather_object, is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -155,7 +157,8 @@ class ResumableTrainer(ConstructedTrainer):
     """A resumed run equals the uninterrupted one to the bit, at every step.
 
     TRL's checkpoint lacks the generation window in use, its position in it, the metrics gathered
-    since the last log, how often the prompts were shuffled, and a reference that moved.
+    since the last log, how often the prompts were shuffled, where in a stream of prompts it stands,
+    and a reference that moved.
     """
 
     _sampler: Any = None
@@ -178,6 +181,23 @@ class ResumableTrainer(ConstructedTrainer):
             "logs": self._logged_completions(),
         }
         save_exact_state(output_dir, self.args.process_index, self._buffered_inputs, values)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        streamed = not isinstance(self.train_dataset, Sized)
+        if resume_from_checkpoint is None or not streamed or self.args.ignore_data_skip:
+            return trained
+        # The host takes a stream for a single epoch, and would skip past its end.
+        saved = TrainerState.load_from_json(
+            os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)
+        )
+        epochs = int(saved.epoch or 0)
+        batches_per_epoch = saved.max_steps * self.args.gradient_accumulation_steps
+        return epochs, round(((saved.epoch or 0) - epochs) * batches_per_epoch)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
