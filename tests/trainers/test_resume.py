@@ -121,5 +121,6 @@ def test_checkpoint_of_another_trainer_resumes_and_says_what_is_missing(tmp_path
 def test_own_state_is_json_and_safetensors(tmp_path):
     start(OURS[0], tmp_path, steps_per_generation=4).train()
     own = {p.name for p in (tmp_path / "checkpoint-2").glob("trl_ext_*")}
-    assert own == {"trl_ext_state_0.json", "trl_ext_window_0.safetensors"}
+    names = {"trl_ext_manifest.json", "trl_ext_state_0.json", "trl_ext_window_0.safetensors"}
+    assert own == names
     assert json.loads((tmp_path / "checkpoint-2" / "trl_ext_state_0.json").read_text())

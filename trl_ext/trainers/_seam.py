@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 
 import torch
 import trl
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -40,6 +41,7 @@ from trl_ext.runtime.exact_state import (
 )
 from trl_ext.runtime.guards import NonFiniteGuard
 from trl_ext.runtime.host import check_host
+from trl_ext.runtime.manifest import sound_checkpoint, write_manifest
 from trl_ext.trainers.card import trainer_card
 
 check_host()
@@ -167,6 +169,21 @@ class ResumableTrainer(ConstructedTrainer):
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
         return self._sampler
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """TRL's `train`, from the last checkpoint that is whole where the wanted one is not."""
+        found = [None]
+        if self.accelerator.is_main_process:
+            found = [sound_checkpoint(resume_from_checkpoint, str(self.args.output_dir))]
+        broadcast_object_list(found)
+        return super().train(found[0], *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run_folder = self._get_output_dir(trial=trial)
+            write_manifest(f"{run_folder}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
