@@ -1,6 +1,7 @@
 """What our constructor mends or refuses, and guards that stop a run before it harms itself."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,25 @@ def test_frozen_model_is_refused(tmp_path):
     model = tiny_llama(len(TOKENIZER)).requires_grad_(False)
     with pytest.raises(ValueError, match=r"no parameter requires a gradient.*is_trainable"):
         build(GRPOTrainer, tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"kl_gradient": "sequence_vocab"}, True),
+        ({"kl_baseline": "leave_one_out"}, True),
+        ({"kl_gradient": "sequence_vocab", "beta": 0.0}, False),
+        ({"kl_gradient": "sequence"}, False),
+        ({"kl_gradient": "token"}, False),
+    ],
+)
+def test_a_second_forward_pass_without_images_is_refused(options, refused, tmp_path):
+    run = build(GRPOTrainer, tmp_path, **{"beta": 0.1, **options})
+    run._refuse_unsupported()
+    run._is_vlm = True
+    expected = pytest.raises(ValueError, match="vision-language") if refused else nullcontext()
+    with expected:
+        run._refuse_unsupported()
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf")])

@@ -105,6 +105,17 @@ class ConstructedTrainer(trl.GRPOTrainer):
         given["args"] = self._checked_config(given["model"], given.get("args"))
         with _reference_copied_from(given["model"]):
             super().__init__(**given)
+        self._refuse_unsupported()
+        for model in (self.model, self.ref_model):
+            if model is not None and _has_absolute_positions(self.accelerator.unwrap_model(model)):
+                model.register_forward_pre_hook(_number_positions, with_kwargs=True)
+        self.add_callback(NonFiniteGuard())
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "attach"):
+                callback.attach(self)
+
+    def _refuse_unsupported(self) -> None:
+        """What only the built model and its launcher tell."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.args.sync_ref_model and sharded:
             raise ValueError(
@@ -116,13 +127,12 @@ class ConstructedTrainer(trl.GRPOTrainer):
                 "model: no parameter requires a gradient, so training would change nothing. A "
                 "PeftModel must be loaded with is_trainable=True, or pass peft_config."
             )
-        for model in (self.model, self.ref_model):
-            if model is not None and _has_absolute_positions(self.accelerator.unwrap_model(model)):
-                model.register_forward_pre_hook(_number_positions, with_kwargs=True)
-        self.add_callback(NonFiniteGuard())
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "attach"):
-                callback.attach(self)
+        if self._is_vlm and self.args.scores_text_again:
+            raise ValueError(
+                f"kl_gradient={self.args.kl_gradient!r} with kl_baseline={self.args.kl_baseline!r} "
+                "is not supported for vision-language models: its further forward pass would see "
+                "no images. Use kl_gradient='sequence' with kl_baseline='none'."
+            )
 
     def _checked_config(self, model: Any, config: Any) -> Any:
         if config is None:
@@ -392,8 +402,8 @@ class CreditTrainer(ResumableTrainer):
 
     def _log_kl(self, tokens: Tokens) -> None:
         with torch.no_grad():
-            sums = [(k3(tokens.logp_BT, tokens.ref_logp_BT) * tokens.mask_BT).sum()]
-            sums = torch.stack([*sums, tokens.mask_BT.sum()])
+            k3_BT = k3(tokens.logp_BT, tokens.ref_logp_BT)
+            sums = torch.stack([(k3_BT * tokens.mask_BT).sum(), tokens.mask_BT.sum()])
             total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["kl"].append(total / max(count, 1.0))

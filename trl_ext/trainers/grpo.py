@@ -121,6 +121,12 @@ class GRPOConfig(trl.GRPOConfig):
     def owns_kl(self) -> bool:
         return self.kl_gradient.startswith("sequence")
 
+    @property
+    def scores_text_again(self) -> bool:
+        """Whether the KL needs a forward pass of ours, which knows token ids and nothing else."""
+        again = self.kl_gradient == "sequence_vocab" or self.kl_baseline != "none"
+        return bool(self.beta) and self.owns_kl and again
+
     def __getstate__(self) -> dict[str, Any]:
         """The host pickles its arguments into every checkpoint: no token may be among them."""
         state = self.__dict__.copy()
