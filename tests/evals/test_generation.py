@@ -290,7 +290,9 @@ def test_sharded_model_is_refused():
 WORKER = """
 import sys
 from tests.evals.test_generation import report
+from tests.processes import leave
 report(sys.argv[1])
+leave()
 """
 
 

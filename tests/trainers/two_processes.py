@@ -1,6 +1,5 @@
 """Run by `test_invariance.py` on two ranks: one optimizer step of each trainer on two ranks."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 import trl
 
 import tests.conftest  # noqa: F401  the settings of every test
+from tests.processes import leave
 from tests.runs import OURS, build, parameters
 from tests.trainers.test_invariance import gradient_of_one_step
 from trl_ext import GRPOTrainer
@@ -37,9 +37,7 @@ def main(folder: Path) -> None:
         found[name] = parameters(run)
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "gradients.pt")
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # seen once: gloo's own teardown waits for ever where the other rank left first
+    leave()
 
 
 def with_local_token_count(folder: Path) -> torch.Tensor:
