@@ -13,6 +13,10 @@ _PUBLIC = {
     "GenerationEvaluator": "trl_ext.evals",
     "MajorityVoteConfig": "trl_ext.trainers.majority_vote",
     "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
+    "NashConfig": "trl_ext.trainers.nash",
+    "NashTrainer": "trl_ext.trainers.nash",
+    "OnlineDPOConfig": "trl_ext.trainers.online_dpo",
+    "OnlineDPOTrainer": "trl_ext.trainers.online_dpo",
     "PassAtKConfig": "trl_ext.trainers.pass_at_k",
     "PassAtKTrainer": "trl_ext.trainers.pass_at_k",
     "evaluate_generations": "trl_ext.evals",
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
     from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig
     from trl_ext.trainers.majority_vote import MajorityVoteTrainer as MajorityVoteTrainer
+    from trl_ext.trainers.nash import NashConfig as NashConfig
+    from trl_ext.trainers.nash import NashTrainer as NashTrainer
+    from trl_ext.trainers.online_dpo import OnlineDPOConfig as OnlineDPOConfig
+    from trl_ext.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from trl_ext.trainers.pass_at_k import PassAtKConfig as PassAtKConfig
     from trl_ext.trainers.pass_at_k import PassAtKTrainer as PassAtKTrainer
 

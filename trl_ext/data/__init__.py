@@ -1,5 +1,6 @@
-"""Task generators: verifiable problems as datasets with the columns `prompt` and `answer`."""
+"""Task generators, as datasets with the columns `prompt` and `answer`, and records of earlier runs."""
 
 from trl_ext.data.calculator import calculator_puzzles
+from trl_ext.data.record import load_record, shuffled_in_blocks
 
-__all__ = ["calculator_puzzles"]
+__all__ = ["calculator_puzzles", "load_record", "shuffled_in_blocks"]

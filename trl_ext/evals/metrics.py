@@ -139,10 +139,20 @@ def summarise(estimates: dict[str, Tensor]) -> dict[str, float]:
     summary = {}
     for name, values_P in estimates.items():
         known_P = values_P[~values_P.isnan()].double()
-        P = known_P.numel()
-        summary[name] = known_P.mean().item() if P else math.nan
-        summary[f"{name}_se"] = (known_P.std() / math.sqrt(P)).item() if P > 1 else math.nan
+        summary[name] = known_P.mean().item() if known_P.numel() else math.nan
+        summary[f"{name}_se"] = standard_error(known_P)
     return summary
+
+
+def standard_error(values_P: Tensor) -> float:
+    """Standard error of a mean, sd / √P; NaN for a single value."""
+    P = values_P.numel()
+    return (values_P.double().std() / math.sqrt(P)).item() if P > 1 else math.nan
+
+
+def won(lead: Tensor) -> Tensor:
+    """1 where the lead is positive, 1/2 at a lead of 0, 0 below, NaN where it is unknown."""
+    return (lead.sign() / 2 + 0.5).masked_fill(lead.isnan(), math.nan)
 
 
 def checked_ks(ks: Iterable[int] | None, num_generations: int) -> tuple[int, ...]:

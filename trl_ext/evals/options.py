@@ -11,61 +11,58 @@ from trl_ext.resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Options of `evaluate_generations` and `GenerationEvaluator`, checked on construction.
+class BatchOptions:
+    """How a dataset is worked off, checked on construction.
+
+    Args:
+        max_prompts: evaluate only the first so many prompts.
+        chat_template_kwargs: further arguments of `apply_chat_template`.
+        batch_size: completions in the model at once, per process.
+        disable_tqdm: no progress bar.
+    """
+
+    max_prompts: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    batch_size: int = 64
+    disable_tqdm: bool = False
+
+    def __post_init__(self):
+        self._check_positive("batch_size", "max_prompts")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} would evaluate nothing. Give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(BatchOptions):
+    """How completions are sampled, checked on construction; with the fields of [`BatchOptions`].
 
     Args:
         num_generations: completions per prompt, G.
-        ks: values of k to report, each in [1, G]; `None` means the powers of two up to G.
-        answer_extractor: from completion text to a hashable answer or `None`, as a function or as
-            `"module:function"`. Enables maj@k.
-        unparsable: `"null"` or `"exclude"`, what completions without an answer do in the vote; the
-            evaluator takes it from the config of a `MajorityVoteTrainer`.
-        success_threshold: least reward of a correct completion.
-        reward_weights: one per reward function; 1 by default.
-        max_prompts: evaluate only the first so many prompts.
         max_completion_length: tokens; a completion without an end by then is truncated.
         temperature: of sampling; 0 is greedy and asks for `num_generations=1`.
         top_p: probability mass of nucleus sampling, in (0, 1].
         top_k: tokens kept per step, 0 for all.
         generation_kwargs: fields of `transformers.GenerationConfig`; they win over the above.
-        chat_template_kwargs: further arguments of `apply_chat_template`.
-        batch_size: completions sampled at once per process.
         seed: of the noise; equal seeds give two policies common noise.
-        disable_tqdm: no progress bar.
     """
 
-    num_generations: int = 16
-    ks: Sequence[int] | None = None
-    answer_extractor: AnswerExtractor | str | None = None
-    unparsable: Unparsable = "null"
-    success_threshold: float = 1.0
-    reward_weights: Sequence[float] | None = None
-    max_prompts: int | None = None
+    num_generations: int = 1
     max_completion_length: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     generation_kwargs: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    batch_size: int = 64
     seed: int = 0
-    disable_tqdm: bool = False
 
     def __post_init__(self):
-        for name in ("num_generations", "batch_size", "max_completion_length", "max_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} would sample nothing. Give at least 1.")
+        super().__post_init__()
+        self._check_positive("num_generations", "max_completion_length")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is no seed of numpy's. Give an integer from 0 up.")
-        if self.unparsable not in get_args(Unparsable):
-            raise ValueError(f"unparsable={self.unparsable!r} is none of null, exclude.")
-        self._check_distribution()
-        checked_ks(self.ks, self.num_generations)
-        _ = self.extractor
-
-    def _check_distribution(self) -> None:
         temperature, top_p = self.sampling["temperature"], self.sampling["top_p"]
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(
@@ -80,6 +77,46 @@ class EvaluationOptions:
             )
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """The options that belong to `transformers.GenerationConfig`, under its names."""
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            **(self.generation_kwargs or {}),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(SamplingOptions):
+    """Options of `evaluate_generations` and `GenerationEvaluator`, and [`SamplingOptions`].
+
+    Args:
+        ks: values of k to report, each in [1, G]; `None` means the powers of two up to G.
+        answer_extractor: from completion text to a hashable answer or `None`, as a function or as
+            `"module:function"`. Enables maj@k.
+        unparsable: `"null"` or `"exclude"`, what completions without an answer do in the vote; the
+            evaluator takes it from the config of a `MajorityVoteTrainer`.
+        success_threshold: least reward of a correct completion.
+        reward_weights: one per reward function; 1 by default.
+    """
+
+    num_generations: int = 16
+    ks: Sequence[int] | None = None
+    answer_extractor: AnswerExtractor | str | None = None
+    unparsable: Unparsable = "null"
+    success_threshold: float = 1.0
+    reward_weights: Sequence[float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.unparsable not in get_args(Unparsable):
+            raise ValueError(f"unparsable={self.unparsable!r} is none of null, exclude.")
+        checked_ks(self.ks, self.num_generations)
+        _ = self.extractor
+
+    @property
     def k_values(self) -> tuple[int, ...]:
         """`ks`, sorted and without repetitions, or its default."""
         return checked_ks(self.ks, self.num_generations)
@@ -90,14 +127,3 @@ class EvaluationOptions:
         if self.answer_extractor is None:
             return None
         return resolve(self.answer_extractor, "answer_extractor")
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The options that belong to `transformers.GenerationConfig`, under its names."""
-        return {
-            "max_new_tokens": self.max_completion_length,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            **(self.generation_kwargs or {}),
-        }

@@ -47,7 +47,24 @@ def tokenize_prompt(
             return_dict=True,
             **chat_template_kwargs,
         )
+    if not encoded["input_ids"]:
+        raise ValueError(
+            f"prompt={prompt!r} has no tokens: nothing predicts the first token of its completion. "
+            "Give it a text, or the tokenizer a beginning-of-sequence token."
+        )
     return encoded["input_ids"]
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    chat_template_kwargs: dict[str, Any] | None,
+    *,
+    repeat: int = 1,
+) -> list[list[int]]:
+    """Token ids of each prompt, `repeat` times in a row."""
+    ids = [tokenize_prompt(tokenizer, prompt, chat_template_kwargs or {}) for prompt in prompts]
+    return [row for row in ids for _ in range(repeat)]
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -103,6 +120,21 @@ def sample(model: Any, prompt_ids: list[list[int]], config: GenerationConfig) ->
         )
     ends = set(config.eos_token_id)
     return [_until_end(row, ends) for row in sequences[:, input_ids.size(1) :].tolist()]
+
+
+def sample_all(
+    model: Any, prompt_ids: list[list[int]], config: GenerationConfig, batch_size: int
+) -> list[Completion]:
+    """One completion per prompt, at most `batch_size` at once."""
+    completions = []
+    for i in range(0, len(prompt_ids), batch_size):
+        completions += sample(model, prompt_ids[i : i + batch_size], config)
+    return completions
+
+
+def as_message(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """A completion in the form of its prompt, as TRL's trainers give it to reward functions."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def pad_left(prompt_ids: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

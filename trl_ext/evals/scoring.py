@@ -4,15 +4,15 @@ Reward models are left out: a correct answer is judged by a function, and wrappi
 is three lines for those who need it.
 """
 
-import asyncio
 import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trl_ext.judges import wait_for
 
 RewardFunc = Callable[..., Any]
 AnswerExtractor = Callable[[str], Hashable | None]
@@ -78,7 +78,7 @@ def _rewards_of(func: RewardFunc, arguments: dict[str, Any], rows: int) -> list[
     name = getattr(func, "__name__", type(func).__name__)
     output = func(**arguments)
     if inspect.isawaitable(output):
-        output = _wait_for(output)
+        output = wait_for(output)
     if len(output) != rows:
         raise ValueError(
             f"reward function {name!r} returned {len(output)} rewards for {rows} completions. "
@@ -92,16 +92,6 @@ def _rewards_of(func: RewardFunc, arguments: dict[str, Any], rows: int) -> list[
                 "Return a finite number, or None where a completion cannot be scored."
             )
     return rewards
-
-
-def _wait_for(awaitable: Any) -> Any:
-    """Runs to the end in a thread of its own, since a notebook already runs an event loop."""
-
-    async def finish() -> Any:
-        return await awaitable
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, finish()).result()
 
 
 def _weighted_sum(rewards: tuple[float, ...], weights: list[float]) -> float:

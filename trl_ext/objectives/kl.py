@@ -1,16 +1,18 @@
 """The reverse sequence KL and the gradients that carry its name.
 
-Every loss here is per token, `(B, T)`; summed over a completion and averaged over rows it has the
-gradient that its docstring states. Values are those of the current policy, detached, and enter
-through an importance ratio that is differentiated: a row sampled from an older policy is therefore
-reweighted exactly, and a fresh one gets ratio 1. Dropped from the papers: k1 as a loss (its
-gradient is 0) and k3 as a reward (the two directions cancel to first order).
+Every loss here but the last is per token, `(B, T)`; summed over a completion and averaged over
+rows it has the gradient that its docstring states. Values are those of the current policy,
+detached, and enter through an importance ratio that is differentiated: a row sampled from an older
+policy is therefore reweighted exactly, and a fresh one gets ratio 1. Dropped from the papers: k1 as
+a loss (its gradient is 0) and k3 as a reward (the two directions cancel to first order).
 
 Sources: arXiv:2506.09477 (the pitfalls), arXiv:2512.21852 (an independent check).
 """
 
 import torch
 from torch import Tensor
+
+from trl_ext.objectives.baselines import leave_one_out
 
 
 def k3(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
@@ -140,3 +142,23 @@ def kl_baseline_loss(
     """
     ratio_BT = prefix_ratio(logp_BT.detach(), old_logp_BT, mask_BT)
     return -ratio_BT * baseline_BT.detach() * (logp_BT - logp_BT.detach()) * mask_BT
+
+
+def leave_one_out_kl_loss(logp_PM: Tensor, ref_logp_PM: Tensor) -> Tensor:
+    """Reverse sequence KL of unlabelled samples, each against the others of its prompt (HyPO).
+
+    loss = 1/M Σᵢ (κᵢ − 1/(M−1) Σ_{j≠i} κⱼ) log π(yᵢ),   κ = sg(log π(y) − log ref(y))
+    ∇ loss estimates ∇KL(π‖ref) without bias, for samples of π
+
+    Args:
+        logp_PM, ref_logp_PM: `(P, M)`, nats, summed over the *whole* completion; M ≥ 2.
+
+    Returns:
+        `(P,)`. Only the gradient means anything: the value is not the KL. Equal log-ratios, such as
+        at π = ref, give gradient exactly 0.
+
+    Source: arXiv:2406.01462, whose form it is; the estimator is RLOO's.
+    """
+    assert logp_PM.dim() == 2 and logp_PM.shape == ref_logp_PM.shape, ref_logp_PM.shape
+    log_ratio_PM = (logp_PM - ref_logp_PM).detach()
+    return ((log_ratio_PM - leave_one_out(log_ratio_PM)) * logp_PM).mean(1)

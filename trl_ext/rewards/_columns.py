@@ -1,26 +1,7 @@
-"""What every reward reads from TRL's arguments: the completion's text and the row's reference."""
+"""What rewards read from the dataset: the reference of each row."""
 
 from collections.abc import Sequence
 from typing import Any
-
-Message = dict[str, Any]
-Completion = str | Sequence[Message]
-
-
-def completion_texts(completions: Sequence[Completion]) -> list[str]:
-    """Gives the text of each completion: a string itself, or its last assistant message.
-
-    Args:
-        completions: `B` strings, or `B` lists of messages. A message without a role counts
-            as the assistant's; content in parts is joined. No assistant text: the empty string.
-
-    Returns:
-        `B` strings.
-
-    Raises:
-        ValueError: if a completion is neither a string nor a list of messages.
-    """
-    return [_text(completion) for completion in completions]
 
 
 def references(name: str, values: Sequence[Any] | None, rows: int) -> list[str | None]:
@@ -45,23 +26,3 @@ def references(name: str, values: Sequence[Any] | None, rows: int) -> list[str |
             "own reference. Repeat the reference for the samples of one prompt."
         )
     return [None if value is None else str(value).strip() or None for value in values]
-
-
-def _text(completion: Completion) -> str:
-    if isinstance(completion, str):
-        return completion
-    if not isinstance(completion, Sequence):
-        raise ValueError(
-            f"completions holds a {type(completion).__name__}: only a string or a list of messages "
-            "can be scored. Pass what TRL passes to `reward_funcs`."
-        )
-    for message in reversed(completion):
-        if message.get("role", "assistant") == "assistant":
-            return _content(message.get("content"))
-    return ""
-
-
-def _content(content: str | Sequence[Message] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.get("text") or "" for part in content)

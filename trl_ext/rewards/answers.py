@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ext.rewards._columns import Completion, completion_texts, references
+from trl_ext.completions import Completion, completion_texts
+from trl_ext.rewards._columns import references
 from trl_ext.rewards.extract import last_boxed
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ext.rewards._columns import Completion, completion_texts
+from trl_ext.completions import Completion, completion_texts
 
 STEP = r"(\S+) (\d\d) (\d\d)"
 WORK = re.compile(rf"{STEP}(?: {STEP})*")

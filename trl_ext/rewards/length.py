@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from trl_ext.rewards._columns import Completion
+from trl_ext.completions import Completion
 
 
 def length_reward(

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_ext.rewards._columns import Completion, completion_texts, references
+from trl_ext.completions import Completion, completion_texts
+from trl_ext.rewards._columns import references
 from trl_ext.rewards._pool import Limits, Verdict, shared_pool
 from trl_ext.rewards.extract import last_boxed
 

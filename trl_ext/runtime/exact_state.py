@@ -1,8 +1,8 @@
 """What a checkpoint must add to the host's so that a resumed run equals the uninterrupted one.
 
 Two files per process, `trl_ext_window_<rank>.safetensors` and `trl_ext_state_<rank>.json`: the
-generation window in use, and counters, metrics and logs; and once `trl_ext_reference.safetensors`
-where the reference policy moves during the run. No pickle.
+generation window in use, and counters, metrics and logs; and once `trl_ext_<name>.safetensors` for
+each frozen policy that changes during the run, such as a synchronised reference. No pickle.
 """
 
 import json
@@ -18,7 +18,6 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 Window = list[dict[str, Any]]
-REFERENCE = "trl_ext_reference.safetensors"
 
 
 def _paths(folder: str, rank: int) -> tuple[Path, Path]:
@@ -84,21 +83,25 @@ def load_exact_state(
     return window, state["values"]
 
 
-def save_reference(folder: str, reference: nn.Module) -> None:
-    """Writes a reference policy that is synchronised during training."""
-    _replace(Path(folder) / REFERENCE, lambda path: save_model(reference, str(path)))
+def _weights_path(folder: str, name: str) -> Path:
+    return Path(folder) / f"trl_ext_{name}.safetensors"
 
 
-def load_reference(folder: str, reference: nn.Module) -> None:
-    """Reads the reference policy of `save_reference` in place.
+def save_policy(folder: str, model: nn.Module, name: str = "reference") -> None:
+    """Writes a frozen policy that changes during training: the reference, or a snapshot."""
+    _replace(_weights_path(folder, name), lambda path: save_model(model, str(path)))
+
+
+def load_policy(folder: str, model: nn.Module, name: str = "reference") -> None:
+    """Reads the policy of `save_policy` in place.
 
     Raises:
         FileNotFoundError: the checkpoint has none, so that the run would be pulled elsewhere.
     """
-    path = Path(folder) / REFERENCE
+    path = _weights_path(folder, name)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: the checkpoint was written with sync_ref_model=False. Resume with "
-            "that setting, or start from its weights as a new run."
+            f"{path} is missing: the checkpoint was written with other options (for the reference, "
+            "sync_ref_model=False). Resume with those, or start from its weights as a new run."
         )
-    load_model(reference, str(path))
+    load_model(model, str(path))

@@ -1,21 +1,26 @@
 """The only file that knows TRL's private methods.
 
-Three classes, one concern each, stacked in the order in which a run meets them:
-`ConstructedTrainer` builds what TRL builds wrongly or not at all, `ResumableTrainer` makes a
-checkpoint hold the whole run, `CreditTrainer` lets a method replace the advantages and the KL.
-With no method bound to it the stack computes what TRL computes, bit for bit; the one exception is
-a model with absolute positions and left-padded prompts, which TRL scores at shifted positions.
+Classes of one concern each, stacked in the order in which a run meets them: `ConstructedTrainer`
+builds what TRL builds wrongly or not at all, `ResumableTrainer` makes a checkpoint hold the whole
+run, `ScheduledTrainer` says where completions come from and when. On these stand the two bases of
+methods: `CreditTrainer` lets a method replace the advantages and the KL, `GroupTrainer` hands it
+whole groups, of which it makes its own loss. With no method bound to it `CreditTrainer` computes
+what TRL computes, bit for bit; the one exception is a model with absolute positions and left-padded
+prompts, which TRL scores at shifted positions.
 """
 
 import copy
 import functools
 import inspect
+import itertools
+import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import trl
@@ -25,27 +30,69 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import get_config_model_id, use_adapter
+from trl.trainer.utils import (
+    get_config_model_id,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+    use_adapter,
+)
 
 from trl_ext.cards import write_model_card
 from trl_ext.objectives.baselines import leave_one_out
 from trl_ext.objectives.kl import k3, kl_to_go
+from trl_ext.objectives.pair_rules import win_rates
 from trl_ext.objectives.reduce import reduce_tokens
 from trl_ext.objectives.scorable import credit_of_scorable
+from trl_ext.objectives.sequence_policy import effective_sample_size
+from trl_ext.resolve import resolve
+from trl_ext.rollouts import OneStepAhead, Opponent, Request, Rollout, sample
 from trl_ext.runtime.exact_state import (
     load_exact_state,
-    load_reference,
+    load_policy,
     save_exact_state,
-    save_reference,
+    save_policy,
 )
 from trl_ext.runtime.guards import NonFiniteGuard
 from trl_ext.runtime.host import check_host
 from trl_ext.runtime.manifest import sound_checkpoint, write_manifest
+from trl_ext.runtime.record import write_round
+from trl_ext.trainers.background import (
+    background_sampler,
+    own_share,
+    refuse_what_a_sampler_lacks,
+)
 from trl_ext.trainers.card import trainer_card
+from trl_ext.trainers.group_rows import (
+    Group,
+    Metrics,
+    Selection,
+    flattened,
+    grouped,
+    record_rows,
+    trimmed,
+    without_eos,
+)
+from trl_ext.trainers.judging import bradley_terry, judged
 
 check_host()
 _HOST_INIT = trl.GRPOTrainer.__init__
+
+
+@contextmanager
+def _scored_at(temperature: float) -> Iterator[None]:
+    """Builds TRL's fused head, which scores policy and reference, for this temperature."""
+    fuse = grpo_trainer.add_fused_lm_head
+
+    def fused(model: Any, **options: Any) -> None:
+        fuse(model, **{**options, "temperature": temperature})
+
+    grpo_trainer.add_fused_lm_head = fused
+    try:
+        yield
+    finally:
+        grpo_trainer.add_fused_lm_head = fuse
 
 
 @contextmanager
@@ -97,13 +144,23 @@ class ConstructedTrainer(trl.GRPOTrainer):
     accelerator: Any
     max_completion_length: Any
     num_generations: Any
+    num_generations_eval: Any
+    pad_to_multiple_of: Any
+    chat_template_kwargs: Any
 
     @functools.wraps(_HOST_INIT)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(_HOST_INIT).bind(self, *args, **kwargs).arguments
         del given["self"]
         given["args"] = self._checked_config(given["model"], given.get("args"))
-        with _reference_copied_from(given["model"]):
+        self._given_scores: list[float | None] = []
+        if given["args"].score_name is not None:
+            self._refuse_reward_funcs(given.get("reward_funcs"), given["args"].score_name)
+            given["reward_funcs"] = [self._scores_under(given["args"].score_name)]
+        with (
+            _reference_copied_from(given["model"]),
+            _scored_at(given["args"].scoring_temperature),
+        ):
             super().__init__(**given)
         self._refuse_unsupported()
         for model in (self.model, self.ref_model):
@@ -134,6 +191,22 @@ class ConstructedTrainer(trl.GRPOTrainer):
                 "no images. Use kl_gradient='sequence' with kl_baseline='none'."
             )
 
+    def _refuse_reward_funcs(self, reward_funcs: Any, instead: str) -> None:
+        if reward_funcs is not None and reward_funcs != []:
+            raise ValueError(
+                f"reward_funcs={reward_funcs!r} is not applied: completions are compared by their "
+                f"{instead.replace('_', ' ')} score. Pass reward_funcs=None."
+            )
+
+    def _scores_under(self, name: str) -> Callable[..., list[float | None]]:
+        """Scores that do not come from a reward function, in the place where TRL looks for one."""
+
+        def scores(**_: Any) -> list[float | None]:
+            return self._given_scores
+
+        scores.__name__ = name
+        return scores
+
     def _checked_config(self, model: Any, config: Any) -> Any:
         if config is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -162,6 +235,8 @@ class ConstructedTrainer(trl.GRPOTrainer):
                 f"{rewards_BF[row, column].item()} for row {row} of the gathered batch; a reward "
                 "must be finite, or None where the completion cannot be scored."
             )
+        rewards_B = (rewards_BF * self.reward_weights.to(rewards_BF.device)).nansum(1)
+        self._rewards_B = rewards_B.masked_fill(rewards_BF.isnan().all(1), torch.nan)
         return rewards_BF
 
 
@@ -175,6 +250,13 @@ class ResumableTrainer(ConstructedTrainer):
 
     _sampler: Any = None
     _tr_loss: Any
+
+    def _own_state(self) -> dict[str, Any]:
+        """What else a checkpoint must hold, JSON-able."""
+        return {}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        """Restores `_own_state`."""
 
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
@@ -198,7 +280,7 @@ class ResumableTrainer(ConstructedTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.args.sync_ref_model and self.args.should_save:
-            save_reference(output_dir, self.accelerator.unwrap_model(self.ref_model))
+            save_policy(output_dir, self.accelerator.unwrap_model(self.ref_model))
         values = {
             "step": self._step,
             "tr_loss": self._tr_loss.item(),
@@ -206,6 +288,7 @@ class ResumableTrainer(ConstructedTrainer):
             "last_logged": self._globalstep_last_logged,
             "metrics": self._metrics["train"],
             "logs": self._logged_completions(),
+            "own": self._own_state(),
         }
         save_exact_state(output_dir, self.args.process_index, self._buffered_inputs, values)
 
@@ -237,17 +320,19 @@ class ResumableTrainer(ConstructedTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
+        self._resumed_from = checkpoint
         state = load_exact_state(checkpoint, self.args.process_index, self.accelerator.device)
         if state is None:
             return
         if self.args.sync_ref_model:
-            load_reference(checkpoint, self.accelerator.unwrap_model(self.ref_model))
+            load_policy(checkpoint, self.accelerator.unwrap_model(self.ref_model))
         self._buffered_inputs, values = state
         self._step = values["step"]
         self._tr_loss = torch.tensor(values["tr_loss"], device=self.args.device)
         self._total_loss_scalar = values["total_loss"]
         self._globalstep_last_logged = values["last_logged"]
         self._metrics["train"] = defaultdict(list, values["metrics"])
+        self._load_own_state(values["own"])
         for key, rows in values["logs"].items():
             if isinstance(rows, list):
                 self._logs[key].extend(rows)
@@ -266,6 +351,202 @@ class ResumableTrainer(ConstructedTrainer):
         }
 
 
+class ScheduledTrainer(ResumableTrainer):
+    """Says where the completions of a round come from: TRL's engines, a sampler that works ahead
+    with a snapshot of the weights, or the dataset."""
+
+    _inputs: list[dict[str, Any]]
+    _rollout: Rollout | None = None
+    _behaviour_BT: Tensor | None = None  # log-probabilities of the policy that sampled, if stale
+
+    @property
+    def group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    @property
+    def opponent(self) -> Opponent | None:
+        """Who answers in the second half of each group, if not the policy."""
+        return None
+
+    @property
+    def opponent_model(self) -> Any:
+        """The model behind `opponent`; None: the policy with its adapter disabled."""
+        return self.ref_model
+
+    def given_completions(self, inputs: list, prompt_ids: list) -> list[list[int] | None] | None:
+        """Token ids of the completions that the dataset holds, None where one is to be sampled."""
+        return None
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        if self.args.schedule == "one_step":
+            refuse_what_a_sampler_lacks(self, sees_images=self._is_vlm)
+
+    @functools.cached_property
+    def _ahead(self) -> OneStepAhead:
+        return OneStepAhead(background_sampler(self))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.args.schedule == "one_step":
+                self._ahead.close()
+                del self._ahead
+
+    def _own_state(self) -> dict[str, Any]:
+        ahead = {"ahead": self._ahead.state()} if self.args.schedule == "one_step" else {}
+        return super()._own_state() | ahead
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        super()._load_own_state(state)
+        if "ahead" in state and self.args.schedule == "one_step":
+            self._ahead.load(state["ahead"])
+
+    def _generate_and_score_completions(self, inputs):
+        ahead = self.model.training and self.args.schedule == "one_step"
+        if ahead:
+            inputs = self._exchange(inputs)
+        self._inputs = inputs
+        version = self._rollout.version if self._rollout else self.state.global_step
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self._rollout = None
+        output["version"] = torch.full_like(output["completion_ids"][:, 0], version)
+        stale = ahead and self.args.max_staleness != 0
+        self._behaviour_BT = output.get("sampling_per_token_logps") if stale else None
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        if self._behaviour_BT is not None and not corrected:
+            output["old_per_token_logps"] = self._behaviour_BT
+        return output
+
+    def _exchange(self, inputs: list) -> list:
+        """Hands in the prompts of now; leaves in `_rollout` the completions of those it returns."""
+        if self.args.max_staleness == 0:
+            start = time.perf_counter()
+            self._ahead.sampler.submit(self._request(inputs, fresh=False))
+            rollout = self._ahead.sampler.collect()
+            waited = time.perf_counter() - start
+            if rollout.rng_state is not None:
+                self._set_sampling_rng(rollout.rng_state)
+        else:
+            inputs, rollout, waited = self._ahead.exchange(inputs, self._request)
+        self._rollout = own_share(self, rollout)
+        self._metrics["train"]["perf/generation_wait_s"].append(waited)
+        self._metrics["train"]["perf/training_wait_s"].append(rollout.idle_s)
+        return inputs
+
+    def _request(self, inputs: list, fresh: bool = True) -> Request:
+        """What the sampler is asked: `fresh` gives it random numbers of its own, else it continues
+        the trainer's."""
+        prompt_ids, *_ = self._tokenize_prompts([row["prompt"] for row in inputs])
+        given = self.given_completions(inputs, prompt_ids) or [None] * len(inputs)
+        wanted = [ids for ids, known in zip(prompt_ids, given, strict=True) if known is None]
+        if self.use_vllm:  # which has random numbers of its own
+            return Request(gather_object(wanted), self.state.global_step)
+        seed = int(torch.randint(2**62, ()).item()) if fresh else None
+        state = None if fresh else self._sampling_rng()
+        return Request(
+            wanted, self.state.global_step, seed=seed, rng_state=state, opponent=self.opponent
+        )
+
+    def _sampling_rng(self) -> Tensor:
+        """Random state of the device that `model.generate` draws on."""
+        device = self.accelerator.device
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+    def _set_sampling_rng(self, state: Tensor) -> None:
+        device = self.accelerator.device
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *rest):
+        given = self.given_completions(self._inputs, prompt_ids)
+        if given is None:
+            return self._sampled(prompt_ids, images, multimodal_fields, num_generations, *rest)
+        missing = [i for i, known in enumerate(given) if known is None]
+        if missing:
+            wanted = [prompt_ids[i] for i in missing]
+            samples = num_generations * len(missing) // len(given)
+            sampled, _ = self._sampled(wanted, None, {}, samples)
+            for i, completion in zip(missing, sampled, strict=True):
+                given[i] = completion
+        return given, None
+
+    def _sampled(self, prompt_ids, images, multimodal_fields, num_generations, *rest):
+        if self._rollout is not None:
+            return self._rollout.completion_ids, self._rollout.logprobs
+        if self.opponent is None:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *rest
+            )
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
+            ) as model,
+            torch.no_grad(),
+        ):
+            completion_ids = sample(
+                model,
+                prompt_ids,
+                self.generation_config,
+                eos_token_ids=self.eos_token_ids,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                opponent_model=self.opponent_model,
+                opponent=self.opponent,
+            )
+        return completion_ids, None
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The model to call for the reference policy; within it an adapter is off."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+            yield self.model
+
+    def _show_advantages(self, all_B: Tensor) -> None:
+        """What the completions table says of all processes' rows, in place of TRL's own."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(logged), all_B.numel())):
+            logged.pop()
+        logged.extend(all_B.tolist())
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log_staleness(self, inputs: dict) -> None:
+        if not self.model.training:
+            return
+        age = self.state.global_step - inputs["version"].float()
+        mean = self.accelerator.reduce(age.mean(), reduction="mean").item()
+        oldest = self.accelerator.gather(age.max().reshape(1)).max().item()
+        metrics = self._metrics["train"]
+        metrics["sampling/staleness_mean"].append(mean)
+        metrics["sampling/staleness_max"] = [max([oldest, *metrics["sampling/staleness_max"]])]
+
+    def _log_drift(self, log_ratio_BT: Tensor, mask_BT: Tensor) -> None:
+        """How far the policy is from the one that sampled: nats per completion, and the effective
+        sample size of the sequence importance ratios, as a fraction."""
+        with torch.no_grad():
+            log_ratio_B = self.accelerator.gather((log_ratio_BT * mask_BT).sum(1))
+        size = effective_sample_size(log_ratio_B).item() / log_ratio_B.numel()
+        self._metrics["train"]["sampling/behaviour_drift"].append(log_ratio_B.mean().item())
+        self._metrics["train"]["sampling/effective_sample_size"].append(size)
+
+    def _log_kl(self, logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor) -> None:
+        with torch.no_grad():
+            k3_BT = k3(logp_BT, ref_logp_BT)
+            sums = torch.stack([(k3_BT * mask_BT).sum(), mask_BT.sum()])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics[self._mode()]["kl"].append(total / max(count, 1.0))
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What a KL loss may look at: one micro-batch, `(B, T)`, log-probabilities in nats.
@@ -282,7 +563,7 @@ class Tokens:
     logits: Callable[[], tuple[Tensor, Tensor]]
 
 
-class CreditTrainer(ResumableTrainer):
+class CreditTrainer(ScheduledTrainer):
     """Replaces what TRL multiplies with log-probabilities, and the KL it adds.
 
     A method overrides `credit` (and `labels`, if credit compares more than rewards) or `kl_loss`;
@@ -313,23 +594,18 @@ class CreditTrainer(ResumableTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rewards_B = (rewards_BF * self.reward_weights.to(rewards_BF.device)).nansum(1)
-        self._rewards_B = rewards_B.masked_fill(rewards_BF.isnan().all(1), torch.nan)
         labels = self.labels(completions)
         self._labels_B = None if labels is None else gather_object(labels)
         return rewards_BF
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        training = self.model.training
-        G = self.num_generations if training else self.num_generations_eval
         if type(self).credit is not CreditTrainer.credit:
-            credit_PG = self._group_credit(self._rewards_B.view(-1, G))
+            credit_PG = self._group_credit(self._rewards_B.view(-1, self.group_size))
             silent = (credit_PG == 0).all(1).float().mean().item()
-            metrics = self._metrics["train" if training else "eval"]
-            metrics["frac_groups_without_credit"].append(silent)
+            self._metrics[self._mode()]["frac_groups_without_credit"].append(silent)
             self._replace_advantages(output, credit_PG.flatten())
-        if training and self.owns_kl and self.args.kl_baseline == "leave_one_out":
+        if self.model.training and self.owns_kl and self.args.kl_baseline == "leave_one_out":
             output["kl_baseline"] = self._kl_baseline(output)
         return output
 
@@ -346,10 +622,7 @@ class CreditTrainer(ResumableTrainer):
         rows = output["advantages"].size(0)
         start = self.accelerator.process_index * rows
         output["advantages"] = credit_B[start : start + rows]
-        logged = self._logs["advantages"]
-        for _ in range(min(len(logged), credit_B.numel())):
-            logged.pop()
-        logged.extend(credit_B.tolist())
+        self._show_advantages(credit_B)
 
     def _kl_baseline(self, batch: dict) -> Tensor:
         """KL-to-go of the group's other completions, `(B, T)`, taken before rows are shuffled."""
@@ -373,14 +646,18 @@ class CreditTrainer(ResumableTrainer):
         return scored
 
     def _compute_loss(self, model, inputs):
-        if self.beta == 0.0 or not self.owns_kl:
-            return super()._compute_loss(model, inputs)
-        beta, self.beta = self.beta, 0.0
+        self._log_staleness(inputs)
+        beta, self.beta = self.beta, 0.0 if self.owns_kl else self.beta
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
             self.beta = beta
         logp_BT, self._last_logp_BT = self._last_logp_BT, None
+        if self.model.training and self.args.schedule == "one_step":
+            log_ratio_BT = logp_BT - self._sampling_logp(inputs, logp_BT)
+            self._log_drift(log_ratio_BT, _loss_mask(inputs))
+        if self.beta == 0.0 or not self.owns_kl:
+            return loss
         tokens = Tokens(
             logp_BT=logp_BT,
             old_logp_BT=self._sampling_logp(inputs, logp_BT),
@@ -389,7 +666,7 @@ class CreditTrainer(ResumableTrainer):
             baseline_BT=inputs.get("kl_baseline"),
             logits=functools.partial(self._logits, model, inputs),
         )
-        self._log_kl(tokens)
+        self._log_kl(logp_BT, tokens.ref_logp_BT, tokens.mask_BT)
         return loss + beta * self._reduced(self.kl_loss(tokens), tokens.mask_BT, inputs)
 
     def _sampling_logp(self, inputs: dict, logp_BT: Tensor) -> Tensor:
@@ -399,14 +676,6 @@ class CreditTrainer(ResumableTrainer):
             sampled_BT = inputs["sampling_per_token_logps"]
             return torch.where(sampled_BT.isnan(), old_BT, sampled_BT)
         return old_BT
-
-    def _log_kl(self, tokens: Tokens) -> None:
-        with torch.no_grad():
-            k3_BT = k3(tokens.logp_BT, tokens.ref_logp_BT)
-            sums = torch.stack([(k3_BT * tokens.mask_BT).sum(), tokens.mask_BT.sum()])
-            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["kl"].append(total / max(count, 1.0))
 
     def _reduced(self, loss_BT: Tensor, mask_BT: Tensor, inputs: dict) -> Tensor:
         training = self.model.training
@@ -425,12 +694,8 @@ class CreditTrainer(ResumableTrainer):
 
     def _logits(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
         policy = self._tempered_logits(model, batch)
-        with torch.no_grad():
-            if self.ref_model is not None:
-                return policy, self._tempered_logits(self.ref_model, batch)
-            unwrapped: Any = self.accelerator.unwrap_model(self.model)
-            with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
-                return policy, self._tempered_logits(self.model, batch)
+        with torch.no_grad(), self._reference() as reference:
+            return policy, self._tempered_logits(reference, batch)
 
     def _tempered_logits(self, model: nn.Module, batch: dict) -> Tensor:
         ids, mask = _joined(batch)
@@ -438,6 +703,243 @@ class CreditTrainer(ResumableTrainer):
         with self.accelerator.autocast():
             out = model(input_ids=ids, attention_mask=mask, logits_to_keep=T + 1, use_cache=False)
         return out.logits[:, :-1].float() / self.temperature
+
+
+class GroupTrainer(ScheduledTrainer):
+    """Hands a method whole groups: one row is one prompt with M of its completions.
+
+    A method overrides `select` and `group_loss`. Groups never split over ranks or micro-batches,
+    each micro-batch is trimmed to its own longest prompt and completion, and only selected
+    completions are scored.
+    """
+
+    _unscored = False
+    _preferences_PGG: Tensor | None = None
+
+    @property
+    def uses_old_logp(self) -> bool:
+        """Whether `group_loss` asks for the policy that sampled."""
+        return False
+
+    @property
+    def judged_places(self) -> list[tuple[int, int]]:
+        """Places (i, j) in a group that a judge compares."""
+        return list(itertools.combinations(range(self.group_size), 2))
+
+    @functools.cached_property
+    def snapshots(self) -> dict[str, nn.Module]:
+        """Frozen copies of earlier policies, by name; they are part of a checkpoint."""
+        return {}
+
+    def begin_round(self) -> None:
+        """Called before a round is sampled."""
+
+    def also_scored(self) -> dict[str, nn.Module]:
+        """Further models whose summed log-probabilities `(P, M)` the loss finds in `stored`."""
+        return {}
+
+    def given_scores(self, inputs: list) -> list[float | None]:
+        """Scores that the dataset holds, one per row; empty where there are none."""
+        return []
+
+    def shaped_rewards(self, rewards_PG: Tensor, truncated_PG: Tensor) -> Tensor:
+        """Rewards of this process's groups as they are compared; `truncated`: without an EOS."""
+        return rewards_PG
+
+    def select(
+        self, rewards_PG: Tensor, preferences_PGG: Tensor | None, rows: list[dict[str, Any]]
+    ) -> Selection:
+        """From the scores of this process's groups to what is trained on; `rows` are those of the
+        dataset, one per completion."""
+        raise NotImplementedError
+
+    def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
+        """`(P,)` loss per prompt in nats, and metrics: name to values and their weights."""
+        raise NotImplementedError
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        if self._is_vlm:
+            raise ValueError(
+                f"{type(self).__name__} does not support vision-language models: images are not "
+                "kept with a group. Use trl_ext.GRPOTrainer."
+            )
+        sizes = {"per_device_train_batch_size": self.num_generations}
+        if self.eval_dataset is not None:
+            sizes["per_device_eval_batch_size"] = self.num_generations_eval
+        for name, G in sizes.items():
+            if getattr(self.args, name) % G or G < 2:
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)} must be a multiple of the {G} completions "
+                    "per prompt, at least 2: a group must not split over micro-batches or ranks. "
+                    f"Change {name}, num_generations or num_generations_eval."
+                )
+
+    def take_snapshot(self, name: str) -> None:
+        """Keeps the policy of now under a name, in place of what had it before."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if name not in self.snapshots:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(policy):
+                raise ValueError(
+                    f"{type(self).__name__} with these options keeps copies of the policy, which "
+                    "is not supported with FSDP, DeepSpeed or an adapter. Train all weights, DDP."
+                )
+            copied = _copied(policy).requires_grad_(False)
+            copied.gradient_checkpointing_disable()  # it only samples and scores
+            grpo_trainer.add_fused_lm_head(copied, temperature=self.args.scoring_temperature)
+            self.snapshots[name] = copied
+        self.snapshots[name].load_state_dict(policy.state_dict())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            for name, model in self.snapshots.items():
+                save_policy(output_dir, model, name)
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        super()._load_own_state(state)
+        for name in state.get("snapshots", ()):
+            self.take_snapshot(name)
+            load_policy(self._resumed_from, self.snapshots[name], name)
+
+    def _own_state(self) -> dict[str, Any]:
+        return super()._own_state() | {"snapshots": list(self.snapshots)}
+
+    def _tokenize_prompts(self, prompts):
+        if "prompt_ids" in self._inputs[0]:  # recorded by an earlier run
+            return [list(row["prompt_ids"]) for row in self._inputs], None, {}
+        return super()._tokenize_prompts(prompts)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._preferences_PGG, self._given_scores = None, self.given_scores(inputs)
+        if self.args.asks_judge:
+            self._ask_judge(prompts, completions)
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _ask_judge(self, prompts: list, completions: list) -> None:
+        judge, places = resolve(self.args.judge, "judge"), self.judged_places
+        both_orders = self.args.judge_both_orders
+        told_PGG, inconsistent = judged(
+            judge, prompts, completions, self.group_size, places, both_orders
+        )
+        if both_orders:
+            mean = self.accelerator.reduce(
+                torch.tensor(inconsistent, device=self.accelerator.device), reduction="mean"
+            )
+            self._metrics[self._mode()]["judge/inconsistency"].append(mean.item())
+        self._preferences_PGG = told_PGG.to(self.accelerator.device)
+        self._given_scores = win_rates(told_PGG).flatten().tolist()
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, mask, logits_to_keep, **kwargs):
+        if self._unscored:  # TRL would score all completions; ours are scored once selected
+            logp_BT = torch.zeros_like(input_ids[:, -logits_to_keep:], dtype=torch.float32)
+            return logp_BT, None, None
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, mask, logits_to_keep, **kwargs
+        )
+
+    def _generate_and_score_completions(self, inputs):
+        self._inputs = inputs
+        beta, self.beta, self._unscored = self.beta, 0.0, True
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta, self._unscored = beta, False
+        # With schedule="one_step" these are the prompts of the round before.
+        inputs, rows, G = self._inputs, output["completion_ids"].size(0), self.group_size
+        start = self.accelerator.process_index * rows
+        truncated_PG = without_eos(output, self.eos_token_ids).view(-1, G)
+        rewards_PG = self._rewards_B[start : start + rows].view(-1, G)
+        rewards_PG = self.shaped_rewards(rewards_PG, truncated_PG)
+        if self.args.judge == "bradley_terry":
+            self._preferences_PGG = bradley_terry(rewards_PG)
+        kept = self.select(rewards_PG, self._preferences_PGG, inputs)
+        self._show_advantages(self.accelerator.gather(kept.role_PG.flatten().contiguous()))
+        scored = {**output, "old_logp": self._behaviour_BT}
+        return grouped(scored, rewards_PG, kept, inputs, named=self.args.record_path is not None)
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return self._scored(self._generate_and_score_completions(generation_batch))
+        n = self.args.steps_per_generation
+        if self._step % (n * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self.begin_round()
+            batch: Any = self._generate_and_score_completions(generation_batch)
+            if "prompt_ids" not in self._inputs[0]:  # a record is replayed in its own order
+                batch = shuffle_sequence_dict(batch)
+            self._buffered_inputs = [self._scored(part) for part in split_tensor_dict(batch, n)]
+            if self.args.record_path is not None:
+                self._record_round()
+        return self._buffered_inputs[self._step % n]
+
+    def _record_round(self) -> None:
+        rank, window = self.accelerator.process_index, self.args.steps_per_generation
+        rows = [row for part in self._buffered_inputs for row in record_rows(part)]
+        number = self._step // (window * self.num_iterations)
+        write_round(self.args.record_path, number, rank, self.state.global_step, rows)
+
+    def _scored(self, batch: dict) -> dict:
+        """A micro-batch with what the reference and, where asked for, the sampling policy say."""
+        batch = trimmed(batch)
+        (P, M, T), rows = batch["completion_ids"].shape, flattened(batch)
+        off_policy = self.args.gradient_accumulation_steps % (
+            self.args.steps_per_generation * self.num_iterations
+        )
+        options = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, options):
+            if self.beta != 0.0:
+                with self._reference() as reference:
+                    batch["ref_logp"] = self._logp(reference, rows).view(P, M, T)
+            if self.uses_old_logp and off_policy and "old_logp" not in batch:
+                batch["old_logp"] = self._logp(self.model, rows).view(P, M, T)
+            for name, scorer in self.also_scored().items():
+                batch[name] = (self._logp(scorer, rows) * _loss_mask(rows)).sum(1).view(P, M)
+        return batch
+
+    def _logp(self, model: Any, rows: dict) -> Tensor:
+        T = rows["completion_ids"].size(1)
+        return self._get_per_token_logps_and_entropies(model, *_joined(rows), T)[0]
+
+    def _compute_loss(self, model, inputs):
+        rows, (P, M, T) = flattened(inputs), inputs["completion_ids"].shape
+        mask_BT = _loss_mask(rows)
+        score = cast(Any, self._get_per_token_logps_and_entropies)
+        logp_BT, entropy_BT, aux_loss = score(
+            model, *_joined(rows), T, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
+        )
+        now_BT = logp_BT.detach()
+        ref_BT, old_BT = rows.get("ref_logp", now_BT), rows.get("old_logp", now_BT)
+        old_BT = torch.where(old_BT.isnan(), now_BT, old_BT)  # a server may not tell
+        logp_PM, ref_PM, old_PM, lengths_PM = (
+            (x * mask_BT).sum(1).view(P, M)
+            for x in (logp_BT, ref_BT, old_BT, torch.ones_like(now_BT))
+        )
+        group = Group(logp_PM, ref_PM, old_PM, lengths_PM, inputs)
+        loss_P, metrics = self.group_loss(group)
+        assert loss_P.shape == (P,), loss_P.shape
+        if "ref_logp" in rows:
+            self._log_kl(logp_BT, ref_BT, mask_BT)
+        if self.model.training:
+            self._log_staleness(inputs)
+            if "old_logp" in rows:
+                self._log_drift(logp_BT - old_BT, mask_BT)
+        self._log_means({**metrics, "entropy": (entropy_BT, mask_BT)})
+        loss = loss_P.mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss
+        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        return loss / accumulation
+
+    def _log_means(self, metrics: Metrics) -> None:
+        """Weighted means over all ranks; nothing is logged where all weights are 0."""
+        with torch.no_grad():
+            sums = [
+                torch.stack([(value * weight).sum(), weight.sum()]).float()
+                for value, weight in metrics.values()
+            ]
+            totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        for name, (total, weight) in zip(metrics, totals, strict=True):
+            self._metrics[self._mode()][name].append(total / weight if weight else math.nan)
 
 
 def _loss_mask(batch: dict) -> Tensor:

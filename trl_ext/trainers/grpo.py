@@ -18,13 +18,10 @@ negative, and not what is differentiated. Source: arXiv:2506.09477, sections 3 a
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import trl
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_ext.objectives.kl import (
     kl_baseline_loss,
@@ -34,6 +31,7 @@ from trl_ext.objectives.kl import (
     vocab_kl,
 )
 from trl_ext.trainers._seam import CreditTrainer, Tokens
+from trl_ext.trainers.base import BaseConfig, refuse_truncated_sampling, refuse_unknown
 
 KL_GRADIENTS = ("sequence", "sequence_total", "sequence_vocab", "token", "forward_token")
 KL_BASELINES = ("none", "leave_one_out")
@@ -46,21 +44,9 @@ BASELINE_OF = {
 }
 
 
-def refuse_truncated_sampling(config: trl.GRPOConfig, what: str) -> None:
-    """An identity about the policy says nothing about a sampler that is another policy."""
-    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    for name, value in neutral.items():
-        given = getattr(config, name)
-        if given != value and given:
-            raise ValueError(
-                f"{name}={given!r} is not supported with {what}: completions would come from "
-                f"another policy than the one that is scored. Set {name}={value!r}."
-            )
-
-
 @dataclass
-class GRPOConfig(trl.GRPOConfig):
-    """TRL's `GRPOConfig` plus the choice of the KL gradient.
+class GRPOConfig(BaseConfig):
+    """TRL's `GRPOConfig` plus the schedule of rounds and the choice of the KL gradient.
 
     Args:
         kl_gradient: which gradient the term `beta` · KL has; see `trl_ext.trainers.grpo`.
@@ -85,22 +71,11 @@ class GRPOConfig(trl.GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16 and not self.use_cpu:
-            # TRL turns bf16 on and then refuses a machine that lacks it.
-            self.bf16 = None if is_torch_bf16_gpu_available() else False
         super().__post_init__()
         self._check_kl()
-        if self.log_completions_hub_repo is not None and self.hub_private_repo is None:
-            raise ValueError(
-                f"log_completions_hub_repo={self.log_completions_hub_repo!r} with hub_private_repo "
-                "unset would create a public repository of completions. Set hub_private_repo=True, "
-                "or False if that is meant; it governs the model's repository too."
-            )
 
     def _check_kl(self) -> None:
-        for name, allowed in (("kl_gradient", KL_GRADIENTS), ("kl_baseline", KL_BASELINES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}.")
+        refuse_unknown(self, {"kl_gradient": KL_GRADIENTS, "kl_baseline": KL_BASELINES})
         if self.kl_gradient == "forward_token":
             self.use_bias_correction_kl = False
         elif self.beta and not self.use_bias_correction_kl:
@@ -126,11 +101,6 @@ class GRPOConfig(trl.GRPOConfig):
         """Whether the KL needs a forward pass of ours, which knows token ids and nothing else."""
         again = self.kl_gradient == "sequence_vocab" or self.kl_baseline != "none"
         return bool(self.beta) and self.owns_kl and again
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The host pickles its arguments into every checkpoint: no token may be among them."""
-        state = self.__dict__.copy()
-        return {k: None if k.endswith("_token") else v for k, v in state.items()}
 
 
 class GRPOTrainer(CreditTrainer):

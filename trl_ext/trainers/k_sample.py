@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass, field
 
 from trl_ext.objectives.reduce import EXACT_FOR_SEQUENCES
-from trl_ext.trainers.grpo import GRPOConfig, refuse_truncated_sampling
+from trl_ext.trainers.base import refuse_truncated_sampling
+from trl_ext.trainers.grpo import GRPOConfig
 
 TANG_2025 = {
     "title": "Optimizing Language Models for Inference Time Objectives using Reinforcement "

@@ -71,14 +71,14 @@ class PassAtKConfig(KSampleConfig):
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator={self.estimator!r} is none of {', '.join(ESTIMATORS)}.")
-        if min(self.schedule, default=-1) != 0:
+        if min(self.k_from_step, default=-1) != 0:
             raise ValueError(f"k_schedule={self.k_schedule!r} must say which k holds from step 0.")
         if self.k_schedule is not None:
-            self.k_schedule = self.schedule
+            self.k_schedule = self.k_from_step
         super().__post_init__()
 
     @property
-    def schedule(self) -> dict[int, int]:
+    def k_from_step(self) -> dict[int, int]:
         """From which optimizer step on which k holds."""
         given = {0: self.k} if self.k_schedule is None else self.k_schedule
         try:
@@ -92,7 +92,7 @@ class PassAtKConfig(KSampleConfig):
 
     @property
     def all_k(self) -> tuple[int, ...]:
-        return tuple(self.schedule.values())
+        return tuple(self.k_from_step.values())
 
     def smallest_group(self, k: int) -> int:
         return max(k + 1 if self.estimator in BELOW_G else k, 2)
@@ -108,7 +108,7 @@ class PassAtKConfig(KSampleConfig):
 
     def k_at(self, step: int) -> int:
         """The k that holds in an optimizer step."""
-        return self.schedule[max(start for start in self.schedule if start <= step)]
+        return self.k_from_step[max(start for start in self.k_from_step if start <= step)]
 
 
 class PassAtKTrainer(GRPOTrainer):

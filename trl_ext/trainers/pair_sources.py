@@ -1,0 +1,84 @@
+"""Where pairs come from, if not from sampling: a preference dataset, or the record of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_ext.completions import completion_token_ids
+from trl_ext.objectives.pair_rules import Pairs
+from trl_ext.trainers.group_rows import Selection
+
+Rows = Sequence[dict[str, Any]]  # rows of the dataset, one per completion, groups in a row
+
+
+def dataset_completions(
+    rows: Rows, prompt_ids: list[list[int]], G: int, tokenizer: Any, template: dict[str, Any]
+) -> list[list[int] | None]:
+    """Token ids of `chosen` and `rejected` for the first two of each group; None for the others."""
+    given: list[list[int] | None] = []
+    for i, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True)):
+        column = {0: "chosen", 1: "rejected"}.get(i % G)
+        if column is None:
+            given.append(None)
+            continue
+        if column not in row:
+            raise ValueError(
+                f"train_dataset has no column {column!r}: pair_source 'offline' and 'hybrid' need "
+                f"prompt, chosen and rejected, got {sorted(row)}."
+            )
+        given.append(completion_token_ids(tokenizer, row["prompt"], row[column], ids, template))
+    return given
+
+
+def recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
+    """Token ids of the completions that an earlier run recorded.
+
+    Raises:
+        ValueError: the rows hold no record, or one with another number of completions.
+    """
+    if "completion_ids" not in rows[0]:
+        raise ValueError(
+            "train_dataset is no record: pair_source='replay' reads what a run with record_path "
+            f"wrote, see trl_ext.data.load_record; got columns {sorted(rows[0])}."
+        )
+    recorded = len(rows[0]["completion_ids"])
+    if recorded != G:
+        raise ValueError(
+            f"num_generations={G}: the record holds {recorded} completions per prompt, those that "
+            f"were trained on. Set num_generations={recorded} and scale the batch size likewise."
+        )
+    return [list(row["completion_ids"][i % G]) for i, row in enumerate(rows)]
+
+
+def recorded_selection(rows: Rows, rewards_PG: Tensor) -> Selection:
+    """The pairs that the recorded run made, as they stood in its batches."""
+    (P, G), device = rewards_PG.shape, rewards_PG.device
+    groups, prefix = rows[::G], "selected_"
+    stored = {
+        key.removeprefix(prefix): torch.tensor([row[key] for row in groups], device=device)
+        for key in groups[0]
+        if key.startswith(prefix)
+    }
+    index_PG = torch.arange(G, device=device).expand(P, G)
+    return Selection(index_PG, stored, torch.zeros_like(rewards_PG))
+
+
+def selection_of(pairs: Pairs, G: int, *, everyone: bool) -> Selection:
+    """Keeps the completions of a group's pair, or `everyone` where pairs share completions."""
+    stored = {
+        "chosen": pairs.chosen_PN,
+        "rejected": pairs.rejected_PN,
+        "weight": pairs.weight_PN,
+        "label": pairs.label_PN,
+    }
+    index_PM = torch.arange(G, device=pairs.chosen_PN.device).expand(pairs.chosen_PN.size(0), G)
+    role_PG = torch.zeros(index_PM.shape, device=index_PM.device, dtype=pairs.weight_PN.dtype)
+    role_PG = role_PG.scatter_add(1, pairs.chosen_PN, pairs.weight_PN)
+    role_PG = role_PG.scatter_add(1, pairs.rejected_PN, -pairs.weight_PN)
+    if not everyone:
+        index_PM = torch.cat([pairs.chosen_PN, pairs.rejected_PN], dim=1)
+        stored["chosen"] = torch.zeros_like(pairs.chosen_PN)
+        stored["rejected"] = torch.ones_like(pairs.rejected_PN)
+    return Selection(index_PM, stored, role_PG)
