@@ -15,7 +15,7 @@ _PUBLIC = {
     "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
     "NashConfig": "trl_ext.trainers.nash",
     "NashTrainer": "trl_ext.trainers.nash",
-    "OnlineDPOConfig": "trl_ext.trainers.online_dpo",
+    "OnlineDPOConfig": "trl_ext.trainers.online_dpo_config",
     "OnlineDPOTrainer": "trl_ext.trainers.online_dpo",
     "PassAtKConfig": "trl_ext.trainers.pass_at_k",
     "PassAtKTrainer": "trl_ext.trainers.pass_at_k",
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from trl_ext.trainers.majority_vote import MajorityVoteTrainer as MajorityVoteTrainer
     from trl_ext.trainers.nash import NashConfig as NashConfig
     from trl_ext.trainers.nash import NashTrainer as NashTrainer
-    from trl_ext.trainers.online_dpo import OnlineDPOConfig as OnlineDPOConfig
     from trl_ext.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
+    from trl_ext.trainers.online_dpo_config import OnlineDPOConfig as OnlineDPOConfig
     from trl_ext.trainers.pass_at_k import PassAtKConfig as PassAtKConfig
     from trl_ext.trainers.pass_at_k import PassAtKTrainer as PassAtKTrainer
 

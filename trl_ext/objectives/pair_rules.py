@@ -89,6 +89,24 @@ def all_pairs(scores_PG: Tensor, *, preferences_PGG: Tensor | None = None) -> Pa
     return _decide(first_PN, second_PN, lead_PN, preferences_PGG)
 
 
+def soft(pairs: Pairs, preferences_PGG: Tensor) -> Pairs:
+    """The same pairs, of which every judged one counts, ties too, with its probability as label.
+
+    A tie is no silence to a loss that has soft labels: half of it says each way, and for IPO's
+    square this pulls the two log-ratios together. Without it the identity with self-play breaks.
+
+    Args:
+        pairs: from a rule above; their weights are shared out anew, equally.
+        preferences_PGG: `(P, G, G)`, P(i ≻ j), NaN where not judged.
+
+    Source: arXiv:2407.00617, equation 8.
+    """
+    label_PN = _entries(preferences_PGG, pairs.chosen_PN, pairs.rejected_PN)
+    judged_PN = (~label_PN.isnan()).to(pairs.weight_PN.dtype)
+    weight_PN = judged_PN / judged_PN.sum(1, keepdim=True).clamp(min=1)
+    return Pairs(pairs.chosen_PN, pairs.rejected_PN, weight_PN, label_PN.nan_to_num(0.5))
+
+
 def win_rates(preferences_PGG: Tensor) -> Tensor:
     """Win rate of each completion against the rest of its group.
 

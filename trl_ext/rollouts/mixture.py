@@ -65,18 +65,16 @@ class GeometricMixture(LogitsProcessor):
             return scores
         if input_ids.size(1) != self._seen + 1:
             self._cache, self._seen = None, 0  # another `generate`, or one that stepped back
-        opponent_logp = self._opponent_logits(input_ids[self._rows]).log_softmax(-1)
-        if opponent_logp.size(-1) != scores.size(-1):
+        opponent = self._opponent_logits(input_ids[self._rows])
+        if opponent.size(-1) != scores.size(-1):
             raise ValueError(
-                f"opponent_model gives {opponent_logp.size(-1)} scores where the policy gives "
+                f"opponent_model gives {opponent.size(-1)} scores where the policy gives "
                 f"{scores.size(-1)}: the two must share one vocabulary."
             )
         own = scores[self._rows]
-        forbidden = own.isneginf()
-        own_logp = own.log_softmax(-1).masked_fill(forbidden, 0.0)  # 0 · −∞ would be NaN
-        mixed = (1.0 - self._coefficient) * own_logp + self._coefficient * opponent_logp
-        mixed = mixed.masked_fill(forbidden, -torch.inf).log_softmax(-1)
-        return scores.index_copy(0, self._rows, mixed.to(scores.dtype))
+        mixed = (1.0 - self._coefficient) * own + self._coefficient * opponent
+        mixed = mixed.masked_fill(own.isneginf(), -torch.inf)  # 0 · −∞ is NaN
+        return scores.index_copy(0, self._rows, mixed.log_softmax(-1).to(scores.dtype))
 
     @torch.no_grad()
     def _opponent_logits(self, input_ids: Tensor) -> Tensor:

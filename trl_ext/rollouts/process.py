@@ -95,8 +95,8 @@ class ProcessSampler:
         if self._child is None:
             messages.insert(0, self._setup(self._snapshot))
             self._child = _Child(self._snapshot.memory.file)
+        self._pending = True  # first: an interrupted submit is no free sampler
         self._child.send(messages)
-        self._pending = True
 
     def collect(self) -> Rollout:
         """Waits for the answer.

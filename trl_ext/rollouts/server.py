@@ -82,7 +82,7 @@ class _Answer(threading.Thread):
 
     def __init__(self, generate: Generate, request: Request, idle_s: float) -> None:
         super().__init__(daemon=True, name="trl_ext-server-sampler")
-        self._generate, self._request, self._idle_s = generate, request, idle_s
+        self._work, self._request, self._idle_s = generate, request, idle_s
         self.rollout: Rollout | None = None
         self.failure: BaseException | None = None
         self.ended = 0.0
@@ -90,7 +90,7 @@ class _Answer(threading.Thread):
     def run(self) -> None:
         start = time.perf_counter()
         try:
-            ids, logprobs = self._generate(self._request.prompt_ids, self._request.opponent)
+            ids, logprobs = self._work(self._request.prompt_ids, self._request.opponent)
         except BaseException as failure:  # carried over to the caller's thread
             self.failure = failure
         else:

@@ -723,8 +723,11 @@ class GroupTrainer(ScheduledTrainer):
 
     @property
     def judged_places(self) -> list[tuple[int, int]]:
-        """Places (i, j) in a group that a judge compares."""
-        return list(itertools.combinations(range(self.group_size), 2))
+        """Places (i, j) in a group that a judge compares: all, or each with each opponent's."""
+        G = self.group_size
+        if self.opponent is None:
+            return list(itertools.combinations(range(G), 2))
+        return list(itertools.product(range(G // 2), range(G // 2, G)))
 
     @functools.cached_property
     def snapshots(self) -> dict[str, nn.Module]:
@@ -907,7 +910,7 @@ class GroupTrainer(ScheduledTrainer):
         logp_BT, entropy_BT, aux_loss = score(
             model, *_joined(rows), T, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
-        now_BT = logp_BT.detach()
+        now_BT: Tensor = logp_BT.detach()
         ref_BT, old_BT = rows.get("ref_logp", now_BT), rows.get("old_logp", now_BT)
         old_BT = torch.where(old_BT.isnan(), now_BT, old_BT)  # a server may not tell
         logp_PM, ref_PM, old_PM, lengths_PM = (

@@ -17,7 +17,7 @@
 sequence importance ratio to that policy, unclipped, so that they stay exact over a whole round.
 """
 
-import dataclasses
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from trl_ext.objectives.nash import (
     nash_md_advantage,
     nash_mp_advantage,
 )
-from trl_ext.objectives.pair_rules import best_worst, win_rates
+from trl_ext.objectives.pair_rules import best_worst, soft, win_rates
 from trl_ext.objectives.pairs import ipo_loss, labelled, sigmoid_loss
 from trl_ext.objectives.sequence_policy import importance_weighted_loss
 from trl_ext.rollouts import Opponent
@@ -40,6 +40,17 @@ from trl_ext.trainers.group import GroupConfig
 from trl_ext.trainers.group_rows import Group, Metrics, Selection
 from trl_ext.trainers.pair_sources import selection_of
 
+MUNOS_2023 = {
+    "title": "Nash Learning from Human Feedback",
+    "id": "2312.00886",
+    "citation": textwrap.dedent("""\
+        @article{munos2023nash,
+            title  = {{Nash Learning from Human Feedback}},
+            author = {R{\\'e}mi Munos and Michal Valko and Daniele Calandriello and others},
+            year   = 2023,
+            eprint = {arXiv:2312.00886},
+        }"""),
+}
 AGAINST_OPPONENT = ("nash_md", "nash_mp")
 OF_PAIRS = ("inpo", "dno_prct")
 # The papers' values; where a paper gives none, a neighbour's.
@@ -176,16 +187,7 @@ class NashTrainer(GroupTrainer):
     config_class = NashConfig
     _tag_names = ["trl", "trl_ext", "nash"]
     _name = "Nash learning"
-    _paper = {
-        "title": "Nash Learning from Human Feedback",
-        "id": "2312.00886",
-        "citation": "@article{munos2023nash,\n"
-        "    title  = {{Nash Learning from Human Feedback}},\n"
-        "    author = {R{\\'e}mi Munos and Michal Valko and Daniele Calandriello and others},\n"
-        "    year   = 2023,\n"
-        "    eprint = {arXiv:2312.00886},\n"
-        "}",
-    }
+    _paper = MUNOS_2023
 
     @property
     def uses_old_logp(self) -> bool:
@@ -202,20 +204,12 @@ class NashTrainer(GroupTrainer):
     def opponent_model(self) -> Any:
         return self.snapshots.get("opponent") or super().opponent_model
 
-    @property
-    def judged_places(self) -> list[tuple[int, int]]:
-        if self.opponent is None:
-            return super().judged_places
-        half = self.group_size // 2
-        return [(i, j) for i in range(half) for j in range(half, 2 * half)]
-
     def begin_round(self) -> None:
-        if self.args.algorithm == "nash_mp":
-            half_steps = self.state.global_step // self.args.proximal_steps
-            if self.state.global_step % self.args.proximal_steps == 0:
-                self.take_snapshot("opponent")
-                if half_steps % 2 == 0:
-                    self.take_snapshot("target")
+        steps = self.args.proximal_steps
+        if steps and self.state.global_step % steps == 0:
+            self.take_snapshot("opponent")
+            if self.state.global_step // steps % 2 == 0:
+                self.take_snapshot("target")
 
     def also_scored(self) -> dict[str, nn.Module]:
         return {"target_logp": self.snapshots["target"]} if "target" in self.snapshots else {}
@@ -241,10 +235,8 @@ def select(algorithm: str, preferences_PGG: Any) -> Selection:
     win_PG = win_rates(preferences_PGG)
     if algorithm in OF_PAIRS:
         pairs = best_worst(win_PG, preferences_PGG=preferences_PGG)
-        if algorithm == "inpo":  # which learns from a tie, too, that neither is better
-            row_P1 = torch.arange(P, device=index_PG.device).unsqueeze(1)
-            told_P1 = ~preferences_PGG[row_P1, pairs.chosen_PN, pairs.rejected_PN].isnan()
-            pairs = dataclasses.replace(pairs, weight_PN=told_P1.to(pairs.weight_PN.dtype))
+        if algorithm == "inpo":
+            pairs = soft(pairs, preferences_PGG)
         return selection_of(pairs, G, everyone=False)
     return Selection(index_PG, {"win": win_PG}, (win_PG - 0.5).nan_to_num())
 

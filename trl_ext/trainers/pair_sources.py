@@ -13,10 +13,26 @@ from trl_ext.trainers.group_rows import Selection
 Rows = Sequence[dict[str, Any]]  # rows of the dataset, one per completion, groups in a row
 
 
-def dataset_completions(
-    rows: Rows, prompt_ids: list[list[int]], G: int, tokenizer: Any, template: dict[str, Any]
-) -> list[list[int] | None]:
-    """Token ids of `chosen` and `rejected` for the first two of each group; None for the others."""
+def given_completions(
+    source: str, rows: Rows, prompt_ids: list, G: int, tokenizer: Any, template: dict[str, Any]
+) -> list[list[int] | None] | None:
+    """Token ids of the completions that the dataset holds, None where one is to be sampled.
+
+    Args:
+        source: `pair_source`.
+        rows: of the dataset, one per completion.
+        prompt_ids: their prompts' token ids.
+        G: completions per prompt; the first two are the dataset's `chosen` and `rejected`.
+        tokenizer: of the policy.
+        template: further arguments of the chat template.
+
+    Raises:
+        ValueError: the dataset lacks a column, or is a record with other groups.
+    """
+    if source == "online":
+        return None
+    if source == "replay":
+        return _recorded_completions(rows, G)
     given: list[list[int] | None] = []
     for i, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True)):
         column = {0: "chosen", 1: "rejected"}.get(i % G)
@@ -25,19 +41,14 @@ def dataset_completions(
             continue
         if column not in row:
             raise ValueError(
-                f"train_dataset has no column {column!r}: pair_source 'offline' and 'hybrid' need "
-                f"prompt, chosen and rejected, got {sorted(row)}."
+                f"train_dataset has no column {column!r}: pair_source={source!r} needs prompt, "
+                f"chosen and rejected, got {sorted(row)}."
             )
         given.append(completion_token_ids(tokenizer, row["prompt"], row[column], ids, template))
     return given
 
 
-def recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
-    """Token ids of the completions that an earlier run recorded.
-
-    Raises:
-        ValueError: the rows hold no record, or one with another number of completions.
-    """
+def _recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
     if "completion_ids" not in rows[0]:
         raise ValueError(
             "train_dataset is no record: pair_source='replay' reads what a run with record_path "
@@ -50,6 +61,15 @@ def recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
             f"were trained on. Set num_generations={recorded} and scale the batch size likewise."
         )
     return [list(row["completion_ids"][i % G]) for i, row in enumerate(rows)]
+
+
+def given_scores(source: str, rows: Rows, G: int) -> list[float | None]:
+    """1 for `chosen`, 0 for all others; the recorded rewards; empty where samples are scored."""
+    if source == "online":
+        return []
+    if source == "replay":
+        return [row["rewards"][i % G] for i, row in enumerate(rows)]
+    return [float(i % G == 0) for i in range(len(rows))]
 
 
 def recorded_selection(rows: Rows, rewards_PG: Tensor) -> Selection:
