@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trl_ext.objectives.pair_rules import win_rates
-from trl_ext.objectives.sequence_policy import leave_one_out_advantage
-
 
 def nash_md_advantage(win_PM: Tensor, log_ratio_PM: Tensor, tau: float) -> Tensor:
     """Nash-MD: what a completion wins against the mixture, minus its log-ratio.
 
-    A = P(y ≻ y′) − 1/2 − τρ(y),   y ~ π,  y′ ~ `geometric_mixture`
+    A = P(y ≻ y′) − 1/2 − τρ(y),   y ~ π,  y′ ~ π^(1−c) ref^c, normalised token by token
 
     Args:
         win_PM: `(P, M)`, P(y ≻ y′) in [0, 1], NaN where not judged.
@@ -27,7 +24,7 @@ def nash_md_advantage(win_PM: Tensor, log_ratio_PM: Tensor, tau: float) -> Tenso
 
     Returns:
         `(P, M)`, without gradient; 0 where not judged. A ∇log π(y) estimates the gradient exactly,
-        regulariser included.
+        regulariser included. With the win rates of a group of samples in place of P it is SPO's.
 
     Source: arXiv:2312.00886, section 7.
     """
@@ -58,25 +55,6 @@ def nash_mp_advantage(
     _assert_alike(win_PM, log_ratio_PM)
     _assert_alike(win_PM, target_log_ratio_PM)
     return _win_above(win_PM, beta * log_ratio_PM + (beta / eta) * target_log_ratio_PM)
-
-
-def spo_advantage(preferences_PGG: Tensor) -> Tensor:
-    """SPO: win rate in the group against the leave-one-out mean of the others' win rates.
-
-    Aᵢ = rᵢ − (G/2 − rᵢ)/(G−1) = G/(G−1) (rᵢ − 1/2),   rᵢ = `win_rates`
-
-    Args:
-        preferences_PGG: `(P, G, G)`, P(i ≻ j) in [0, 1], NaN where not judged.
-
-    Returns:
-        `(P, G)`, without gradient; 0 for a completion that was never judged, and the win rates of
-        the others are then compared among themselves.
-
-    The others' win rates depend on yᵢ, so that this baseline is not neutral: the mean of
-    Aᵢ ∇log π(yᵢ) is G/(G−1) times the self-play gradient E[P(y ≻ π) ∇log π(y)].
-    Source: arXiv:2401.04056, with RLOO as the learner.
-    """
-    return leave_one_out_advantage(win_rates(preferences_PGG))
 
 
 def mixed_reference(ref_logp: Tensor, old_logp: Tensor, tau: float, eta: float) -> Tensor:
@@ -130,27 +108,6 @@ def dno_loss(win_PM: Tensor, log_ratio_PM: Tensor, eta: float) -> Tensor:
     return (loss_PMM * counted_PMM).sum((1, 2)) / counted_PMM.sum((1, 2)).clamp(min=1)
 
 
-def geometric_mixture(logp_V: Tensor, ref_logp_V: Tensor, coefficient: float | Tensor) -> Tensor:
-    """Nash-MD's opponent, token by token: the normalised geometric mean of policy and reference.
-
-    log π_mix = (1 − c) log π + c log ref − log Z
-
-    Args:
-        logp_V, ref_logp_V: `(..., V)`, log-probabilities of the next token, nats; −∞ is allowed.
-        coefficient: c in [0, 1], a number or a tensor that broadcasts against `(..., V)`.
-
-    Returns:
-        `(..., V)`, normalised. c = 0 is the policy and c = 1 the reference, whatever the other one
-        excludes; in between, a token that either excludes is excluded.
-
-    Source: arXiv:2312.00886, section 7.
-    """
-    assert logp_V.shape == ref_logp_V.shape, (logp_V.shape, ref_logp_V.shape)
-    c = torch.as_tensor(coefficient, dtype=logp_V.dtype, device=logp_V.device)
-    assert ((c >= 0) & (c <= 1)).all(), coefficient
-    return (_scaled(logp_V, 1 - c) + _scaled(ref_logp_V, c)).log_softmax(-1)
-
-
 def _win_above(win_PM: Tensor, penalty_PM: Tensor) -> Tensor:
     """P(y ≻ y′) − 1/2 − penalty, without gradient, and 0 where not judged."""
     return (win_PM - 0.5 - penalty_PM).detach().masked_fill(win_PM.isnan(), 0.0)
@@ -163,8 +120,3 @@ def _assert_alike(win_PM: Tensor, values_PM: Tensor) -> None:
 def _differences(values_PM: Tensor) -> Tensor:
     """xᵢ − xⱼ, `(P, M, M)`."""
     return values_PM[:, :, None] - values_PM[:, None, :]
-
-
-def _scaled(logp_V: Tensor, weight: Tensor) -> Tensor:
-    """weight · logp with 0 · −∞ = 0."""
-    return torch.where(weight == 0, 0.0, weight * logp_V)

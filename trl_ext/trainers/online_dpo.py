@@ -110,13 +110,8 @@ class OnlineDPOTrainer(GroupTrainer):
         return select_pairs(self.args, rewards_PG, preferences_PGG, rows)
 
     def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
-        if self.args.loss_type in POLICY_GRADIENTS:
-            return policy_gradient(self.args, group)
-        loss_P, metrics = pair_loss(self.args, group)
-        if self.args.pair_source == "hybrid":
-            samples = (group.logp_PM[:, 2:], group.ref_logp_PM[:, 2:])
-            loss_P = loss_P + self.args.kl_coef * leave_one_out_kl_loss(*samples)
-        return loss_P, metrics
+        loss = policy_gradient if self.args.loss_type in POLICY_GRADIENTS else pair_loss
+        return loss(self.args, group)
 
 
 def select_pairs(
@@ -163,7 +158,11 @@ def pair_loss(args: OnlineDPOConfig, group: Group) -> tuple[Tensor, Metrics]:
         "logps/rejected": (logp_l, decided_PN),
         "frac_ties": (1 - decided_PN, torch.ones_like(decided_PN)),
     }
-    return loss_PN.sum(1), metrics
+    loss_P = loss_PN.sum(1)
+    if args.pair_source == "hybrid":  # what follows the dataset's pair was sampled
+        samples = (group.logp_PM[:, 2:], group.ref_logp_PM[:, 2:])
+        loss_P = loss_P + cast(float, args.kl_coef) * leave_one_out_kl_loss(*samples)
+    return loss_P, metrics
 
 
 def _log_ratio(args: OnlineDPOConfig, group: Group) -> Tensor:
