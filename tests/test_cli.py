@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 import trl_ext
-from trl_ext import PassAtKConfig, cli
+from trl_ext import OnlineDPOConfig, PassAtKConfig, cli
 from trl_ext.parser import StrictParser
 
 
@@ -57,6 +57,7 @@ def test_what_trl_would_accept_is_refused(tmp_path, text, words, says):
 
 def test_every_public_trainer_is_a_method():
     some = {"grpo": "GRPO", "majority-vote": "MajorityVote", "pass-at-k": "PassAtK"}
+    some |= {"online-dpo": "OnlineDPO", "nash": "Nash"}
     assert some.items() <= cli.methods().items()
     assert {f"{stem}Trainer" for stem in cli.methods().values()} == {
         name for name in trl_ext.__all__ if name.endswith("Trainer")
@@ -69,6 +70,16 @@ def test_config_of_the_method_is_parsed():
     stem, run, config, model = cli.parse([*words, "--per_device_train_batch_size=4", "--use_peft"])
     assert stem == "PassAtK" and isinstance(config, PassAtKConfig)
     assert (run.dataset_name, config.k_schedule, model.use_peft) == ("x", {0: 3}, True)
+
+
+def test_rewards_are_functions_models_or_none():
+    options = dict(output_dir="out", use_cpu=True, report_to="none", num_generations=2)
+    judged = OnlineDPOConfig(judge="tests.test_cli:parsed", **options)
+    rewarded = OnlineDPOConfig(**options)
+    assert cli.reward_functions(None, judged) is None
+    assert [f.__name__ for f in cli.reward_functions(None, rewarded)] == ["math_reward"]
+    given = cli.reward_functions(["someone/reward-model", "tests.test_cli:parsed"], rewarded)
+    assert given[0] == "someone/reward-model" and given[1].__name__ == "parsed"
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,13 @@ class RunArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System turn before the prompt template."}
     )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["trl_ext.rewards:math_reward"],
-        metadata={"help": "Reward functions, each as module:function."},
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions, each as module:function, or a reward model's name on the "
+            "Hub or folder. By default trl_ext.rewards:math_reward, or none where a judge or the "
+            "dataset says which completion is better."
+        },
     )
     eval_generations: int = field(
         default=0,
@@ -116,6 +120,13 @@ def with_prompt(row: dict[str, Any], template: str, system: str | None) -> dict[
     return {"prompt": [{"role": role, "content": said} for role, said in turns if said]}
 
 
+def reward_functions(names: Sequence[str] | None, config: Any) -> list[Any] | None:
+    """Functions by their names; what is no `module:function` is the name of a reward model."""
+    if names is None:
+        names = [] if config.score_name else ["trl_ext.rewards:math_reward"]
+    return [resolve(name, "reward_funcs") if ":" in name else name for name in names] or None
+
+
 def build(stem: str, run: RunArguments, config: GRPOConfig, model: ModelConfig) -> GRPOTrainer:
     """The trainer that the options describe."""
     loading: dict[str, Any] = {
@@ -134,7 +145,7 @@ def build(stem: str, run: RunArguments, config: GRPOConfig, model: ModelConfig) 
     test_split = run.dataset_test_split
     return getattr(trl_ext, f"{stem}Trainer")(
         model=model.model_name_or_path,
-        reward_funcs=[resolve(name, "reward_funcs") for name in run.reward_funcs],
+        reward_funcs=reward_functions(run.reward_funcs, config),
         args=config,
         train_dataset=load_prompts(run, run.dataset_train_split),
         eval_dataset=None if test_split is None else load_prompts(run, test_split),
