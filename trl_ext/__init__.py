@@ -11,6 +11,7 @@ _PUBLIC = {
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
     "GenerationEvaluator": "trl_ext.evals",
+    "KLBudget": "trl_ext.evals",
     "MajorityVoteConfig": "trl_ext.trainers.majority_vote",
     "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
     "NashConfig": "trl_ext.trainers.nash",
@@ -19,14 +20,25 @@ _PUBLIC = {
     "OnlineDPOTrainer": "trl_ext.trainers.online_dpo",
     "PassAtKConfig": "trl_ext.trainers.pass_at_k",
     "PassAtKTrainer": "trl_ext.trainers.pass_at_k",
+    "PreferenceClassifier": "trl_ext.evals",
+    "WinRateEvaluator": "trl_ext.evals",
     "evaluate_generations": "trl_ext.evals",
+    "evaluate_preferences": "trl_ext.evals",
+    "evaluate_win_rate": "trl_ext.evals",
+    "policy_drift": "trl_ext.evals",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from trl_ext.evals import GenerationEvaluator as GenerationEvaluator
+    from trl_ext.evals import KLBudget as KLBudget
+    from trl_ext.evals import PreferenceClassifier as PreferenceClassifier
+    from trl_ext.evals import WinRateEvaluator as WinRateEvaluator
     from trl_ext.evals import evaluate_generations as evaluate_generations
+    from trl_ext.evals import evaluate_preferences as evaluate_preferences
+    from trl_ext.evals import evaluate_win_rate as evaluate_win_rate
+    from trl_ext.evals import policy_drift as policy_drift
     from trl_ext.trainers.grpo import GRPOConfig as GRPOConfig
     from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig

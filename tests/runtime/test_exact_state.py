@@ -8,9 +8,9 @@ import torch
 
 from trl_ext.runtime.exact_state import (
     load_exact_state,
-    load_reference,
+    load_policy,
     save_exact_state,
-    save_reference,
+    save_policy,
 )
 
 CPU = torch.device("cpu")
@@ -58,10 +58,10 @@ def test_a_write_that_fails_leaves_the_old_state(tmp_path):
 def test_reference_round_trip_with_tied_weights(tmp_path):
     model, other = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)), None
     model[1].weight = model[0].weight
-    save_reference(str(tmp_path), model)
+    save_policy(str(tmp_path), model)
     other = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     other[1].weight = other[0].weight
-    load_reference(str(tmp_path), other)
+    load_policy(str(tmp_path), other)
     assert torch.equal(model[1].weight, other[1].weight)
     with pytest.raises(FileNotFoundError, match="sync_ref_model"):
-        load_reference(str(tmp_path / "elsewhere"), other)
+        load_policy(str(tmp_path / "elsewhere"), other)

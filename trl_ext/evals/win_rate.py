@@ -17,7 +17,7 @@ from trl_ext.evals.options import SamplingOptions
 from trl_ext.evals.scoring import RewardFunc
 from trl_ext.evals.shares import Columns, first_rows, rows_of_all_processes, whole_model
 from trl_ext.judges import Judge, ask
-from trl_ext.objectives.pair_rules import debiased
+from trl_ext.objectives.pair_rules import consistent, debiased
 
 # A column of the dataset, a model, or the texts of its completions, one or G per prompt.
 Opponent = str | PreTrainedModel | Sequence[Sequence[str]]
@@ -46,8 +46,8 @@ class WinRateResult:
         wins_PG: P(ours beats theirs), in [0, 1]; a tie is 1/2.
         lengths_PG: tokens of ours, end of sequence included.
         truncated_PG: 1 where ours has no end of sequence within the limit.
-        disagreements_PG: 1 where the judge's two orders name different winners; `None` unless both
-            were asked.
+        disagreements_PG: 1 where the judge's two orders do not name the same winner; `None` unless
+            both were asked.
         gold_PG, opponent_gold_PG: gold rewards of ours and of theirs; `None` under a judge.
     """
 
@@ -207,7 +207,7 @@ class _Contest:
             return forward, torch.full_like(forward, torch.nan)
         backward = ask(judge, prompts, second, first)
         wins = debiased(forward, backward)
-        disagree = ((forward - 0.5) * (0.5 - backward) < 0).double()
+        disagree = (~consistent(forward, backward)).double()
         return wins, disagree.masked_fill(wins.isnan(), torch.nan)
 
     def gold(self, columns: Columns, texts: list[str], ids: list[list[int]]) -> Tensor:

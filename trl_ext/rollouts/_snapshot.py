@@ -31,14 +31,10 @@ GRADIENT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def named_tensors(models: Models) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the models, each tensor once, in an order that a copy shares."""
-    seen: set[int] = set()
+    """Parameters and buffers of the models, tied ones once, in an order that a copy shares."""
     for i, model in enumerate(models):
-        if model is None:
-            continue
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
+        if model is not None:
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 yield f"{i}.{name}", tensor
 
 

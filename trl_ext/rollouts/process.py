@@ -150,7 +150,7 @@ class _Child:
         self.channel = Channel(ours)
         self.deadline = time.monotonic() + START_UP_S
         self.ready = False
-        self.end = weakref.finalize(self, _end, self.process, self.channel, os.getpid())
+        self.end = weakref.finalize(self, _end, self.process, self.channel)
 
     def send(self, messages: list[Any]) -> None:
         """Sends in a thread: a child that starts, or hangs, does not read."""
@@ -197,11 +197,10 @@ def _cause(process: subprocess.Popen) -> str:
     return f"killed by {name}" + (", often for want of memory" if name == "SIGKILL" else "")
 
 
-def _end(process: subprocess.Popen, channel: Channel, owner: int) -> None:
-    if os.getpid() == owner:  # a forked copy of the parent leaves the child alone
-        process.kill()
-        with suppress(subprocess.TimeoutExpired):  # held up by a driver, it dies when let go
-            process.wait(timeout=5.0)
+def _end(process: subprocess.Popen, channel: Channel) -> None:
+    process.kill()  # without effect in a forked copy of the parent, whose child it is not
+    with suppress(subprocess.TimeoutExpired):  # held up by a driver, it dies when let go
+        process.wait(timeout=5.0)
     channel.close()
 
 

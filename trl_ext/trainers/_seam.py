@@ -71,6 +71,7 @@ from trl_ext.trainers.group_rows import (
     flattened,
     grouped,
     record_rows,
+    recorded_tool_mask,
     trimmed,
     without_eos,
 )
@@ -390,7 +391,7 @@ class ScheduledTrainer(ResumableTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.args.schedule == "one_step":
+            if "_ahead" in vars(self):
                 self._ahead.close()
                 del self._ahead
 
@@ -850,6 +851,8 @@ class GroupTrainer(ScheduledTrainer):
             self.beta, self._unscored = beta, False
         # With schedule="one_step" these are the prompts of the round before.
         inputs, rows, G = self._inputs, output["completion_ids"].size(0), self.group_size
+        if "tool_mask" in inputs[0]:
+            output["tool_mask"] = recorded_tool_mask(inputs, output["completion_mask"], G)
         start = self.accelerator.process_index * rows
         truncated_PG = without_eos(output, self.eos_token_ids).view(-1, G)
         rewards_PG = self._rewards_B[start : start + rows].view(-1, G)

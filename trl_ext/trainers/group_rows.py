@@ -102,6 +102,15 @@ def without_eos(output: dict, eos_token_ids: list[int]) -> Tensor:
     return ~torch.isin(last_B, torch.tensor(eos_token_ids, device=last_B.device))
 
 
+def recorded_tool_mask(rows: list[dict[str, Any]], mask_BT: Tensor, G: int) -> Tensor:
+    """`(B, T)`: 0 on tokens that a tool wrote in the recorded run, 1 on the policy's."""
+    tool_BT = torch.ones_like(mask_BT)
+    for i, row in enumerate(rows):
+        told = row["tool_mask"][i % G]
+        tool_BT[i, : len(told)] = torch.tensor(told, device=mask_BT.device)
+    return tool_BT
+
+
 def record_rows(batch: dict) -> Iterator[dict[str, Any]]:
     """One JSON-able row per group, in the order of training: what a replay needs."""
     selected = [
