@@ -49,6 +49,11 @@ class OneStepAhead:
         self._submit(rows, request)
         return ready, rollout, waited_s
 
+    def settle(self) -> None:
+        """Waits for the completions under way: from then on nothing is being sampled."""
+        if self.pending is not None:
+            self._collected()
+
     def state(self) -> dict[str, Any]:
         """Waits for the completions under way, and gives what a resumed run needs, as JSON.
 

@@ -408,6 +408,8 @@ class ScheduledTrainer(ResumableTrainer):
         ahead = self.model.training and self.args.schedule == "one_step"
         if ahead:
             inputs = self._exchange(inputs)
+        elif self.args.schedule == "one_step" and self.use_vllm:
+            self._ahead.settle()  # TRL gives the server the weights of now
         self._inputs = inputs
         version = self._rollout.version if self._rollout else self.state.global_step
         try:

@@ -4,9 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from trl_ext.rollouts import ProcessSampler, Rollout, Sampler, ServerSampler
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def background_sampler(trainer: Any) -> Sampler:
@@ -28,6 +31,7 @@ def background_sampler(trainer: Any) -> Sampler:
         opponent_model=trainer.opponent_model if trainer.opponent else None,
         device=args.sampler_device,
         timeout_s=args.sampler_timeout,
+        autocast_dtype=AUTOCAST.get(trainer.accelerator.mixed_precision),
     )
 
 

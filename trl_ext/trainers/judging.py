@@ -45,7 +45,7 @@ def judged(
         agree = consistent(preferred, swapped)[told_twice].sum().item()
         inconsistent = 1 - agree / max(told_twice.sum().item(), 1)
         preferred = debiased(preferred, swapped)
-    preferences_PGG = torch.full((P, G, G), torch.nan)
+    preferences_PGG = torch.full((P, G, G), torch.nan, dtype=preferred.dtype)
     places = torch.arange(G)
     preferences_PGG[:, places, places] = 0.5
     i, j = torch.tensor(pairs).T
