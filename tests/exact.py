@@ -8,6 +8,7 @@ sample, a gradient through the credit or a length normaliser all show.
 """
 
 import contextlib
+import gc
 import itertools
 import math
 from collections import Counter
@@ -101,6 +102,35 @@ def probability(weights: Tensor, prompt: int, completions: Sequence[Completion])
     return torch.stack([token_logps(weights, prompt, c).sum() for c in completions]).sum().exp()
 
 
+def sequence_logps(weights: Tensor, prompt: int = PROMPTS[0]) -> Tensor:
+    """`(C,)`: log-probability of each of `COMPLETIONS`."""
+    return torch.stack([token_logps(weights, prompt, c).sum() for c in COMPLETIONS])
+
+
+def law_of(weights: Tensor, prompt: int = PROMPTS[0]) -> Tensor:
+    """`(C,)`: probability of each of `COMPLETIONS`."""
+    return sequence_logps(weights, prompt).exp()
+
+
+def only(completion: Completion) -> Tensor:
+    """The law `(C,)` of a completion that is always the same."""
+    return torch.tensor([float(c == completion) for c in COMPLETIONS], dtype=torch.float64)
+
+
+def differences(values_C: Tensor) -> Tensor:
+    """`(C, C)`: the row's value minus the column's."""
+    return values_C[:, None] - values_C[None, :]
+
+
+def table_of(law_C: Tensor, prompt: int = PROMPTS[0]) -> Tensor:
+    """The table whose completions have this law: two tokens let it have any."""
+    mass = torch.zeros(len(TOKENIZER), len(TOKENIZER), dtype=torch.float64)
+    for completion, p in zip(COMPLETIONS, law_C.tolist(), strict=True):
+        for previous, token in itertools.pairwise((prompt, *completion)):
+            mass[token, previous] += p
+    return mass.log().clamp(min=-1e9)
+
+
 @contextlib.contextmanager
 def double_precision() -> Iterator[None]:
     """TRL allocates rewards in the default dtype."""
@@ -109,6 +139,31 @@ def double_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def nothing_to_collect() -> Iterator[None]:
+    """The host collects garbage before it trains, among all modules: half of a short run."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+Batches = list[tuple[tuple[Completion, ...], Tensor]]  # completions of one step, probability
+
+
+def batches_of(laws: Sequence[Tensor]) -> Batches:
+    """Every sequence of completions of which the i-th has the i-th law `(C,)`."""
+    supports = [law.nonzero().flatten().tolist() for law in laws]
+    return [
+        (
+            tuple(COMPLETIONS[i] for i in indices),
+            torch.stack([law[i] for law, i in zip(laws, indices, strict=True)]).prod(),
+        )
+        for indices in itertools.product(*supports)
+    ]
 
 
 def groups_of(G: int) -> list[tuple[tuple[Completion, ...], int]]:
@@ -128,9 +183,14 @@ class Enumeration:
     """One trainer, one prompt, every group.
 
     Args:
+        reward: None where completions are not scored one by one.
         sampler: logits of the policy that samples; the trained policy's own unless given. With
             `num_iterations=2` it is an older policy, and the gradient is caught in the second
             iteration; else it is a server, which reports its log-probabilities as vLLM does.
+        laws: one `(C,)` per row of a step's batch, where not all completions have the same law.
+        columns: of the dataset, where its completions come first in each group; the sampler is
+            asked for the rest only.
+        logs: what the trainer logged.
     """
 
     trainer: type
@@ -138,58 +198,77 @@ class Enumeration:
     policy: Tensor
     reference: Tensor | None = None
     prompt: int = PROMPTS[0]
-    reward: Callable[[Completion], float] = lambda completion: 0.0
+    reward: Callable[[Completion], float | None] | None = lambda completion: 0.0
     sampler: Tensor | None = None
+    laws: Sequence[Tensor] | None = None
+    columns: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    logs: list[dict[str, float]] = field(default_factory=list, init=False)
 
     def expected_gradient(self, folder: str) -> Tensor:
         """`(V, V)`: Σ over groups of P(group) · ∇loss."""
-        with double_precision():
+        with double_precision(), nothing_to_collect():
             return self._run(self.config(folder))
 
     def _run(self, config: Any) -> Tensor:
-        groups = groups_of(config.num_generations)
-        config.max_steps = len(groups) * config.num_iterations
+        batches = self._batches(config.num_generations)
+        config.max_steps = len(batches) * config.num_iterations
         law = self.policy if self.sampler is None else self.sampler
-        weights = [n * probability(law, self.prompt, group) for group, n in groups]
+        weights = [weight for _, weight in batches]
         recorder = _Recorder(weights, config.num_iterations, self.policy, law)
-        older = config.num_iterations > 1
-        trainer = self.trainer(
-            tabular(law if older else self.policy),
-            self._score,
-            config,
-            Dataset.from_dict({"prompt": ["a"] * len(groups)}),
-            processing_class=TOKENIZER,
-            callbacks=[recorder],
-            rollout_func=self._speak(iter(groups)),
-            **self.arguments,
-        )
-        trainer.remove_callback(PrinterCallback)
-        if self.sampler is not None and not older:
+        model = tabular(law if config.num_iterations > 1 else self.policy)
+        trainer = self._built(config, model, recorder, [answers for answers, _ in batches])
+        if self.sampler is not None and config.num_iterations == 1:
             trainer.use_vllm, trainer._last_loaded_step = True, -1
             trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
         if self.reference is not None:
             trainer.ref_model.lm_head.weight.data.copy_(self.reference)
         trainer.train()
         assert recorder.step == config.max_steps
+        self.logs = trainer.state.log_history
         return recorder.total
+
+    def _built(self, config: Any, model: Any, recorder: Any, batches: list) -> Any:
+        prompts = len(batches) * config.per_device_train_batch_size // config.num_generations
+        answers = ([list(completion) for completion in batch] for batch in batches)
+        row = {"prompt": TOKENIZER.decode([self.prompt]), **self.columns}
+        trainer = self.trainer(
+            model,
+            None if self.reward is None else self._score,
+            config,
+            Dataset.from_dict({name: [text] * prompts for name, text in row.items()}),
+            processing_class=TOKENIZER,
+            callbacks=[recorder],
+            rollout_func=None if self.columns else self._speak(answers),
+            **self.arguments,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if self.columns:
+            trainer._sampled = lambda *_: (next(answers), None)
+        return trainer
+
+    def _batches(self, G: int) -> Batches:
+        if self.laws is not None:
+            return batches_of(self.laws)
+        law = self.policy if self.sampler is None else self.sampler
+        groups = groups_of(G - len(self.columns))
+        return [(group, n * probability(law, self.prompt, group)) for group, n in groups]
 
     def _sampled_logps(self, completion: Completion) -> list[float]:
         return token_logps(self.sampler, self.prompt, completion).tolist()
 
-    def _score(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def _score(self, completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [self.reward(tuple(ids)) for ids in completion_ids]
 
-    def _speak(self, groups: Iterator) -> Callable[[list, Any], dict]:
+    def _speak(self, answers: Iterator) -> Callable[[list, Any], dict]:
         def rollout(prompts: list, trainer: Any) -> dict:
-            group, _ = next(groups)
-            ids = [list(completion) for completion in group]
+            ids = next(answers)
             assert len(ids) == len(prompts)
             reported = self.sampler is not None and trainer.use_vllm
             return {
                 "prompt_ids": [[self.prompt]] * len(ids),
                 "completion_ids": ids,
-                "logprobs": [self._sampled_logps(c) for c in group] if reported else None,
+                "logprobs": [self._sampled_logps(tuple(c)) for c in ids] if reported else None,
             }
 
         return rollout
@@ -236,6 +315,12 @@ def settings(**options: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         **options,
     }
+
+
+def group_settings(**options: Any) -> dict[str, Any]:
+    """`settings` for a trainer that has a loss of its own."""
+    policy_loss = {"loss_type", "scale_rewards"}
+    return {k: v for k, v in settings(**options).items() if k not in policy_loss - set(options)}
 
 
 def gradient_of(objective: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:

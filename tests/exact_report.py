@@ -17,9 +17,11 @@ from torch import Tensor
 from trl.trainer import grpo_trainer
 
 import tests.conftest  # noqa: F401  the settings of every test
-from tests.exact import PROMPTS, cosine, gradient_of, sequence_kl, tabular
+from tests.exact import PROMPTS, cosine, gradient_of, law_of, sequence_kl, tabular
 from tests.trainers import test_exact_credit as credit
 from tests.trainers import test_exact_kl as kl
+from tests.trainers import test_exact_nash as nash
+from tests.trainers import test_exact_pairs as pairs
 from trl_ext import PassAtKConfig, PassAtKTrainer
 
 Row = tuple[str, str, Callable[[Path], Tensor], Tensor]
@@ -61,12 +63,70 @@ def credit_rows() -> list[Row]:
     return rows
 
 
+def pair_rows() -> list[Row]:
+    rows: list[Row] = []
+    drawn, exact = pairs.drawn_pairs(pairs.REWARDS), pairs.policy_gradient()
+    for name, (options, loss) in pairs.LOSSES.items():
+        run = lambda f, o={"loss_type": name, **options}: pairs.run(f, **o)  # noqa: E731
+        rows.append((f"trl_ext {name}", "∇E ℓ", run, pairs.gradient_of_pairs(drawn, loss)))
+    for name, (options, loss) in pairs.DIVERGENCES.items():
+        run = lambda f, o={"f_divergence": name, **options}: pairs.run(f, **o)  # noqa: E731
+        rows.append((f"trl_ext f-DPO, {name}", "∇E ℓ", run, pairs.gradient_of_pairs(drawn, loss)))
+    second = dict(sampler=pairs.NEAR, num_iterations=2)
+    for name, options in {
+        "rloo": dict(loss_type="rloo"),
+        "rloo, stale samples": dict(loss_type="rloo", **second),
+        "proximal_rloo, stale samples": dict(loss_type="proximal_rloo", epsilon=0.9, **second),
+    }.items():
+        run = lambda f, o=options: pairs.run(f, **o)  # noqa: E731
+        rows.append((f"trl_ext {name}", "∇(βKL − E r)", run, exact))
+    laws = [law_of(pairs.POLICY), law_of(pairs.REFERENCE)]
+    xpo = lambda f: pairs.run(f, loss_type="xpo", xpo_alpha=0.3, laws=laws)  # noqa: E731
+    rows.append(("trl_ext xpo", "∇E ℓ", xpo, pairs.xpo_gradient(0.3)))
+    target = pairs.hybrid_gradient(kl_coef=0.7)
+    return [*rows, ("trl_ext hybrid, K=4", "∇(ℓ + λ KL)", pairs.hybrid, target)]
+
+
+def nash_rows() -> list[Row]:
+    beta, policy, old = nash.BETA, law_of(nash.POLICY), law_of(nash.OTHER)
+    mixed = law_of(nash.mixture(nash.POLICY))
+    self_play, step = nash.game_gradient(policy), dict(eta=nash.ETA, sampler=nash.OTHER)
+    inpo = gradient_of(nash.inpo_loss(nash.OTHER), nash.POLICY)
+    fresh, stale = dict(beta=beta), dict(beta=beta, sampler=nash.OTHER)
+    rows: list[Row] = []
+    for name, objective, options, target in [
+        ("spo", "β∇KL − ∇P(π ≻ sg π)", fresh, self_play),
+        ("spo, stale samples", "… sg π_t", stale, nash.game_gradient(old)),
+        ("nash_md", "… sg mixture", dict(laws=[policy, mixed], **fresh), nash.game_gradient(mixed)),
+        ("inpo", "∇ loss (7)", dict(beta=nash.TAU, **step), inpo),
+        ("dno", "∇ cross-entropy", step, nash.dno_gradient(2)),
+        ("dno_prct", "∇E −log σ", step, nash.dno_prct_gradient(2)),
+    ]:
+        algorithm = name.partition(",")[0]
+        run = lambda f, a=algorithm, o=options: nash.run(f, a, **o)  # noqa: E731
+        rows.append((f"trl_ext {name}", objective, run, target))
+    token = lambda f: nash.regulariser(f, nash.TokenByToken)  # noqa: E731
+    return [
+        *rows,
+        ("trl_ext nash_mp", "… and KL(π‖target)", nash.mirror_prox, nash.mirror_prox_gradient()),
+        (
+            "trl_ext online IPO, soft labels",
+            "4/β · self-play",
+            nash.online_ipo,
+            4 / beta * self_play,
+        ),
+        ("trl_ext nash_md, regulariser", "∇KL(π‖ref)", nash.regulariser, nash.kl_gradient()),
+        ("TRL's former Nash-MD, regulariser", "∇KL(π‖ref)", token, nash.kl_gradient()),
+    ]
+
+
 def main() -> None:
+    rows = [*kl_rows(), *credit_rows(), *pair_rows(), *nash_rows()]
     reload = grpo_trainer.create_model_from_path
     table = Table("Estimator", "Objective", "1 − cosine", "length", "relative error")
     try:
         grpo_trainer.create_model_from_path = lambda *_, **__: tabular(kl.REFERENCE)
-        for name, objective, run, target in track([*kl_rows(), *credit_rows()], "Enumerating"):
+        for name, objective, run, target in track(rows, "Enumerating"):
             with tempfile.TemporaryDirectory() as folder:
                 actual = run(Path(folder))
             table.add_row(

@@ -1,5 +1,8 @@
 """Short real runs on the tiny model, for every test that compares one run with another."""
 
+import dataclasses
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +17,20 @@ from trl_ext import (
     GRPOTrainer,
     MajorityVoteConfig,
     MajorityVoteTrainer,
+    NashConfig,
+    NashTrainer,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
     PassAtKConfig,
     PassAtKTrainer,
 )
+from trl_ext.rollouts import ProcessSampler, Request, Rollout
+from trl_ext.rollouts._snapshot import Snapshot
+from trl_ext.rollouts._worker import Job, Worker, training_flags
+from trl_ext.trainers._seam import GroupTrainer
 
 TOKENIZER = tiny_tokenizer()
-TIMES = ("time", "runtime", "per_second", "profiling")
+TIMES = ("time", "runtime", "per_second", "profiling", "perf/")
 
 
 def first_letter(text: str) -> str | None:
@@ -34,14 +45,41 @@ METHODS: dict[type, tuple[type, dict[str, Any]]] = {
         MajorityVoteConfig,
         {"k": 3, "answer_extractor": first_letter, "beta": 0.1},
     ),
+    OnlineDPOTrainer: (OnlineDPOConfig, {"beta": 0.1}),
+    NashTrainer: (NashConfig, {"algorithm": "nash_md", "judge": "bradley_terry", "beta": 0.1}),
 }
 OURS = list(METHODS)
+OF_GROUPS = [trainer for trainer in OURS if issubclass(trainer, GroupTrainer)]
+OF_TOKENS = [trainer for trainer in OURS if trainer not in OF_GROUPS]
+
+# Further ways of a trainer over groups: each has a state, an opponent or an anchor of its own.
+ALGORITHMS: dict[str, tuple[type, dict[str, Any]]] = {
+    "nash_mp": (NashTrainer, {"algorithm": "nash_mp", "proximal_steps": 2}),
+    "spo": (NashTrainer, {"algorithm": "spo"}),
+    "inpo": (NashTrainer, {"algorithm": "inpo", "eta": 0.3}),
+    "dno": (NashTrainer, {"algorithm": "dno", "beta": 0.0, "eta": 0.5}),
+    "dno_prct": (NashTrainer, {"algorithm": "dno_prct", "beta": 0.0, "eta": 0.5}),
+    "xpo": (OnlineDPOTrainer, {"loss_type": "xpo", "num_generations": 2, "xpo_alpha": 0.1}),
+    "proximal_rloo": (OnlineDPOTrainer, {"loss_type": "proximal_rloo"}),
+}
+
+
+def texts_of(completions: list) -> list[str]:
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
 
 
 def vowels(completions: list, **_: Any) -> list[float]:
     """Half of a tiny random model's completions earn something: every group has a signal."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [float(sum(letter in "aeiouAEIOU02468" for letter in text) % 2) for text in texts]
+    return [
+        float(sum(letter in "aeiouAEIOU02468" for letter in text) % 2)
+        for text in texts_of(completions)
+    ]
+
+
+def by_letters(prompts: list, first: list, second: list) -> list[float]:
+    """A judge of texts: hardly ever a tie, and consistent between the two orders."""
+    scores = [[sum(map(ord, text)) % 7 for text in texts_of(side)] for side in (first, second)]
+    return [1 / (1 + math.exp(b - a)) for a, b in zip(*scores, strict=True)]
 
 
 def settings(**options: Any) -> dict[str, Any]:
@@ -67,12 +105,21 @@ def build(trainer: type, folder: Any, *, model: Any = None, arguments=None, **op
     """A trainer, ours or TRL's, on the tiny model."""
     config, own = METHODS.get(trainer, (trl.GRPOConfig, {}))
     given = {"processing_class": TOKENIZER, "train_dataset": tiny_prompts(16), **(arguments or {})}
+    options = {**own, **options}
+    judged = options.get("judge") not in (None, "bradley_terry")
+    scored = not judged and options.get("pair_source", "online") == "online"
     return trainer(
         tiny_llama(len(TOKENIZER)) if model is None else model,
-        given.pop("reward_funcs", vowels),
-        config(str(folder), **settings(**{**own, **options})),
+        given.pop("reward_funcs", vowels if scored else None),
+        config(str(folder), **settings(**options)),
         **given,
     )
+
+
+def lacking(trainer: type, options: dict[str, Any]) -> list[str]:
+    """Those of the options that this trainer's config does not have at all."""
+    known = {field.name for field in dataclasses.fields(METHODS[trainer][0])}
+    return [name for name in options if name not in known]
 
 
 def parameters(trainer: Any) -> Tensor:
@@ -80,12 +127,39 @@ def parameters(trainer: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def logged(trainer: Any) -> list[dict[str, Any]]:
+def logged(trainer: Any, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Logged rows without what a clock wrote."""
     return [
-        {key: value for key, value in row.items() if not any(t in key for t in TIMES)}
+        {key: value for key, value in row.items() if not any(t in key for t in TIMES + without)}
         for row in trainer.state.log_history
     ]
+
+
+class Inline(ProcessSampler):
+    """The background sampler with this process for a child: the same work on the same snapshot,
+    without the seconds in which an interpreter starts."""
+
+    _worker: Worker | None = None
+    _rollout: Rollout | None = None
+
+    def submit(self, request: Request) -> None:
+        assert self._rollout is None
+        self._snapshot = self._snapshot or Snapshot(self.models)
+        self._snapshot.take()
+        if self._worker is None:
+            setup = self._setup(self._snapshot)
+            setup = dataclasses.replace(setup, memory_file=os.dup(setup.memory_file))
+            self._worker = Worker(setup)
+        with torch.random.fork_rng(devices=[]):
+            self._rollout = self._worker.answer(Job(request, training_flags(self.models)))
+
+    def collect(self) -> Rollout:
+        rollout, self._rollout = self._rollout, None
+        assert rollout is not None
+        return rollout
+
+    def close(self) -> None:
+        self._worker = self._rollout = None
 
 
 class Gradients(TrainerCallback):

@@ -23,13 +23,13 @@ from tests.objectives.fixtures import (
 )
 from trl_ext.objectives.pairs import (
     best_of_k_sft_loss,
+    exploration_bonus,
     hinge_loss,
     ipo_loss,
     labelled,
     robust_loss,
     rpo_loss,
     sigmoid_loss,
-    xpo_loss,
 )
 
 BETA = 0.4
@@ -109,10 +109,9 @@ def test_a_label_is_held_fixed():
     assert label.grad is None and margin.grad is not None
 
 
-def test_without_their_extra_term_rpo_and_xpo_are_dpo():
+def test_without_its_extra_term_rpo_is_dpo():
     logp = -torch.rand(2, 3, dtype=torch.float64)
     assert torch.equal(rpo_loss(MARGINS, logp, BETA, eta=0.0), sigmoid_loss(MARGINS))
-    assert torch.equal(xpo_loss(MARGINS, logp, alpha=0.0), sigmoid_loss(MARGINS))
 
 
 def test_the_likelihood_of_rpo_is_that_of_the_chosen():
@@ -131,8 +130,7 @@ def test_the_likelihood_of_rpo_is_that_of_the_chosen():
 
 def test_the_bonus_of_xpo_raises_the_forward_kl():
     def bonus(logp):
-        zero = torch.zeros(1, 5, dtype=torch.float64)
-        return (A_REF.exp() * xpo_loss(zero, logp.view(1, 5), alpha=1.0)).sum() - math.log(2)
+        return (A_REF.exp() * exploration_bonus(logp, alpha=1.0)).sum()
 
     assert_golden(bonus(A_POLICY), -1.84902096)
     gradient = a_gradient(bonus)
@@ -144,8 +142,8 @@ def test_the_bonus_of_xpo_raises_the_forward_kl():
 
 @pytest.mark.parametrize(("sample", "expected"), [(3, 0.55800416), (1, 0.57100416)])
 def test_xpo_weighs_the_reference_sample_whichever_side_won(sample, expected):
-    loss = xpo_loss(BETA * delta_13(A_POLICY), A_POLICY[sample].view(1, 1), alpha=0.01)
-    assert_golden(loss, f64([expected]))
+    pair = sigmoid_loss(BETA * delta_13(A_POLICY))
+    assert_golden(pair + exploration_bonus(A_POLICY[sample], alpha=0.01), f64([expected]))
 
 
 def test_golden_values_of_one_pair():
@@ -288,8 +286,7 @@ def test_dpo_moves_the_two_logits_only():
         lambda flat, pair: ipo_loss(pair, 0.0),
         lambda flat, pair: labelled(sigmoid_loss, pair, flat),
         lambda flat, pair: rpo_loss(pair, flat, BETA, 0.1),
-        lambda flat, pair: xpo_loss(pair, flat, 0.1),
-        lambda flat, pair: xpo_loss(pair, pair, -0.1),
+        lambda flat, pair: exploration_bonus(pair, -0.1),
         lambda flat, pair: best_of_k_sft_loss(flat),
     ],
 )

@@ -1,5 +1,6 @@
 """Options that break an objective are refused at construction: value, reason, remedy."""
 
+import dataclasses
 import json
 import pickle
 import warnings
@@ -13,15 +14,20 @@ from trl_ext import (
     GRPOConfig,
     GRPOTrainer,
     MajorityVoteConfig,
+    NashConfig,
+    OnlineDPOConfig,
     PassAtKConfig,
     PassAtKTrainer,
 )
+from trl_ext.trainers.group import IGNORED
+from trl_ext.trainers.nash import PAPER_VALUES
 
 K_SAMPLE = {PassAtKConfig: {}, MajorityVoteConfig: {"answer_extractor": first_letter, "k": 2}}
+OF_GROUPS = {OnlineDPOConfig: {}, NashConfig: {"judge": "bradley_terry"}}
 
 
 def config(cls, folder="out", **options):
-    return cls(folder, **settings(**{**K_SAMPLE.get(cls, {}), **options}))
+    return cls(folder, **settings(**{**(K_SAMPLE | OF_GROUPS).get(cls, {}), **options}))
 
 
 REFUSED = [
@@ -75,6 +81,115 @@ REFUSED = [
 ]
 
 
+DPO, NASH, HYBRID = OnlineDPOConfig, NashConfig, {"pair_source": "hybrid", "kl_coef": 0.1}
+REFUSED += [
+    *[
+        (cls, options, message)
+        for cls in OF_GROUPS
+        for options, message in [
+            ({"scale_rewards": "group"}, "scale_rewards='group' is not applied.*at 'none'"),
+            ({"epsilon_high": 0.3}, "epsilon_high=0.3 is not applied.*Leave it at None"),
+            ({"delta": 2.0}, "delta=2.0 is not applied"),
+            ({"mask_truncated_completions": True}, "mask_truncated_completions=True.*at False"),
+            ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'"),
+            ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_corr"),
+            ({"judge": "nowhere:judge"}, "judge='nowhere:judge' names no function"),
+            ({"judge": "bradley_terry", "judge_both_orders": True}, "rewards have no order"),
+        ]
+    ],
+    (DPO, {"loss_type": "dapo"}, "loss_type='dapo' is none of sigmoid, ipo"),
+    (DPO, {"pair_rule": "random"}, "pair_rule='random' is none of best_worst"),
+    (DPO, {"pair_source": "buffer"}, "pair_source='buffer' is none of online"),
+    (DPO, {"missing_eos": "drop"}, "missing_eos='drop' is none of none"),
+    (DPO, {"f_divergence": "tv"}, "f_divergence='tv' is none of reverse_kl"),
+    (DPO, {"loss_type": "ipo", "f_divergence": "js"}, "f_divergence='js'.*'ipo' does not read"),
+    (DPO, {"label_smoothing": 0.1}, "label_smoothing=0.1.*'sigmoid' does not read it.*at 0.0"),
+    (DPO, {"rpo_eta": 0.1}, "rpo_eta=0.1 is not applied"),
+    (DPO, {"xpo_alpha": 0.1}, "xpo_alpha=0.1 is not applied"),
+    (DPO, {"epsilon": 0.1}, "epsilon=0.1 is not applied"),
+    (DPO, {"loss_type": "rpo", "length_normalised": True}, "length_normalised=True is not"),
+    (DPO, {"loss_type": "rpo", "soft_labels": True}, "soft_labels=True is not applied"),
+    (DPO, {"f_alpha": 0.3}, "f_alpha=0.3 is not applied.*'reverse_kl' has no α"),
+    (DPO, {"f_divergence": "alpha", "f_alpha": 1.0}, "f_alpha=1.0 in \\(0, 1\\)"),
+    (DPO, {"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5 must lie"),
+    (DPO, {"beta": 0.0}, "beta=0.0 must be positive.*'sigmoid'.*reference"),
+    (DPO, {"beta": -0.1, "loss_type": "rloo"}, "beta=-0.1"),
+    (DPO, {"missing_eos": "replace"}, "missing_eos='replace'.*need one"),
+    (DPO, {"missing_eos_value": -1.0}, "missing_eos='none'.*reads none"),
+    (
+        DPO,
+        {"judge": "bradley_terry", "missing_eos": "replace", "missing_eos_value": -1.0},
+        "judge='bradley_terry' is not supported with missing_eos='replace'.*missing_eos='none'",
+    ),
+    (DPO, {"judge": first_letter, "loss_type": "rloo"}, "loss_type='rloo'.*NashTrainer"),
+    (DPO, {"soft_labels": True}, "soft_labels=True needs.*pass judge"),
+    (DPO, {"kl_coef": 0.1}, "kl_coef=0.1 is not applied.*only pair_source='hybrid'"),
+    *[
+        (DPO, {"pair_source": source, "num_generations": G, **own, **options}, message)
+        for source, G, own in [("offline", 2, {}), ("replay", 2, {}), ("hybrid", 4, HYBRID)]
+        for options, message in [
+            ({"judge": "bradley_terry"}, f"judge='bradley_terry'.*{source!r} has its pairs"),
+            ({"pair_rule": "all_pairs"}, f"pair_rule='all_pairs'.*{source!r} has its pairs"),
+            ({"loss_type": "xpo"}, f"loss_type='xpo'.*pair_source={source!r}.*'online'"),
+            ({"loss_type": "rloo"}, f"loss_type='rloo'.*pair_source={source!r}.*'online'"),
+        ]
+    ],
+    (
+        DPO,
+        {"pair_source": "offline", "num_generations": 2, "schedule": "one_step"},
+        "schedule='one_step'.*nothing is sampled.*'sync'",
+    ),
+    (DPO, {"pair_source": "offline"}, "num_generations=4.*'offline' has the two"),
+    (DPO, {**HYBRID, "num_generations": 2}, "num_generations=2.*at least two samples"),
+    (DPO, {"pair_source": "hybrid"}, "kl_coef=None.*needs λ ≥ 0"),
+    (DPO, {**HYBRID, "kl_coef": -1.0}, "kl_coef=-1.0"),
+    (DPO, {**HYBRID, "top_p": 0.9}, "top_p=0.9.*another policy"),
+    (DPO, {**HYBRID, "temperature": 0.7}, "temperature=0.7.*scale_logps_by_temperature=True"),
+    (DPO, {"loss_type": "rloo", "top_k": 5}, "top_k=5.*another policy"),
+    (DPO, {"loss_type": "proximal_rloo", "temperature": 0.7}, "temperature=0.7"),
+    (DPO, {"loss_type": "xpo"}, "num_generations=4.*Set num_generations=2"),
+    (DPO, {"loss_type": "xpo", "num_generations": 2, "use_vllm": True}, "use_vllm=True"),
+    (NASH, {"judge": None}, "judge=None.*pairwise judge.*'bradley_terry'"),
+    (NASH, {"algorithm": "ppo"}, "algorithm='ppo' is none of nash_md"),
+    (NASH, {"epsilon": 0.1}, "epsilon=0.1.*not clipped"),
+    (NASH, {"beta": -0.1}, "beta=-0.1 must be ≥ 0"),
+    (NASH, {"algorithm": "inpo", "eta": 0.0}, "eta=0.0 positive"),
+    (NASH, {"algorithm": "inpo", "beta": 0.1, "eta": 0.05}, "beta=0.1 must lie in .*eta=0.05"),
+    (NASH, {"eta": 0.1}, "eta=0.1 is not applied: algorithm='nash_md' has none"),
+    (NASH, {"algorithm": "spo", "mixture_coefficient": 0.1}, "mixture_coefficient=0.1.*has none"),
+    (NASH, {"mixture_coefficient": 1.5}, "mixture_coefficient=1.5 must lie in"),
+    (NASH, {"algorithm": "dno", "beta": 0.1}, "beta=0.1 is not applied.*Leave it at 0"),
+    (NASH, {"beta": 0.0}, "beta=0.*no mixture.*mixture_coefficient=0"),
+    (NASH, {"num_generations": 3, "per_device_train_batch_size": 6}, "num_generations=3.*even"),
+    (NASH, {"use_vllm": True}, "use_vllm=True.*use_vllm=False"),
+    (NASH, {"proximal_steps": 4}, "proximal_steps=4 is not applied"),
+    (NASH, {"algorithm": "nash_mp"}, "proximal_steps=None must be a positive multiple"),
+    (
+        NASH,
+        {"algorithm": "nash_mp", "proximal_steps": 3, "steps_per_generation": 2},
+        "proximal_steps=3.*multiple of the 2 optimizer steps",
+    ),
+    (NASH, {"algorithm": "spo", "top_p": 0.5}, "top_p=0.5.*another policy"),
+    (NASH, {"algorithm": "dno", "temperature": 0.5}, "temperature=0.5.*temperature=1.0 or"),
+]
+
+
+def test_every_option_that_a_loss_over_groups_lacks_is_refused():
+    """Whatever value it is given: a new option of TRL must be put on the list, or supported."""
+    defaults = {f.name: f.default for f in dataclasses.fields(OnlineDPOConfig)}
+    for name in IGNORED:
+        assert name in defaults, name
+
+
+@pytest.mark.parametrize("algorithm", PAPER_VALUES)
+def test_unset_values_of_a_game_are_the_papers(algorithm):
+    given = {"proximal_steps": 1} if algorithm == "nash_mp" else {}
+    args = config(NashConfig, algorithm=algorithm, **given)
+    values = {name: getattr(args, name) for name in ("beta", "eta", "mixture_coefficient")}
+    unset = {"beta": None, "eta": None, "mixture_coefficient": None}
+    assert values == unset | PAPER_VALUES[algorithm]
+
+
 @pytest.mark.parametrize(("cls", "options", "message"), REFUSED, ids=str)
 def test_refused(cls, options, message):
     with pytest.raises(ValueError, match=message):
@@ -124,7 +239,7 @@ def test_analytic_refuses_rewards_between_0_and_1(tmp_path):
         run.train()
 
 
-@pytest.mark.parametrize("cls", [GRPOConfig, *K_SAMPLE])
+@pytest.mark.parametrize("cls", [GRPOConfig, *K_SAMPLE, *OF_GROUPS])
 def test_no_token_is_pickled(cls):
     marked = config(cls, hub_token="hf_CANARY")
     assert marked.hub_token == "hf_CANARY"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import OURS, TOKENIZER, build, parameters, vowels
+from tests.runs import OURS, TOKENIZER, build, by_letters, parameters, vowels
 from tests.tiny import tiny_llama, tiny_prompts
-from trl_ext import GRPOTrainer, PassAtKTrainer
+from trl_ext import GRPOTrainer, NashTrainer, OnlineDPOTrainer, PassAtKTrainer
 from trl_ext.cards import card_problems
 
 
@@ -82,6 +82,23 @@ def test_card_names_the_method_and_passes_the_check(tmp_path):
     assert "2503.19595" in text and str(tmp_path) not in text
     assert f"# {tmp_path.name}\n" in text
     assert re.search(r"\| `k` \| 2 \|", text) and "`estimator`" in text
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        (OnlineDPOTrainer, ["Online DPO", "2402.04792", "| `pair_rule` | best_worst |"]),
+        (NashTrainer, ["Nash learning", "2312.00886", "| `judge` | tests.runs:by_letters |"]),
+    ],
+    ids=["online_dpo", "nash"],
+)
+def test_card_of_a_recorded_run_shows_no_folder(trainer, says, tmp_path):
+    options = dict(save_strategy="steps", save_steps=1, max_steps=1, judge=by_letters)
+    run = build(trainer, tmp_path, record_path=str(tmp_path / "record"), **options)
+    run.train()
+    text = (tmp_path / "README.md").read_text()
+    assert card_problems(text) == []
+    assert all(part in text for part in says) and str(tmp_path) not in text
 
 
 def test_no_file_of_a_run_holds_the_token(tmp_path):

@@ -19,10 +19,14 @@ from trl.trainer import grpo_trainer
 import trl_ext.trainers._seam as seam
 from tests.processes import run_two_ranks
 from tests.runs import (
+    ALGORITHMS,
+    OF_GROUPS,
+    OF_TOKENS,
     OURS,
     TOKENIZER,
     Gradients,
     build,
+    by_letters,
     different,
     logged,
     parameters,
@@ -30,11 +34,28 @@ from tests.runs import (
     speak,
     vowels,
 )
+from tests.their_online_dpo import their_online_dpo
 from tests.tiny import tiny_llama, tiny_prompts
-from trl_ext import GRPOTrainer
+from trl_ext import GRPOTrainer, NashTrainer, OnlineDPOTrainer
 
 each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
+each_of_tokens = pytest.mark.parametrize("trainer", OF_TOKENS, ids=lambda t: t.__name__)
 LOSSES = ("grpo", "dr_grpo", "dapo", "luspo", "sapo", "cispo")
+# Per loss of a trainer over groups; unequal scores, so that every pair counts.
+GROUP_CASES: dict[str, tuple[type, dict]] = {
+    **{
+        loss: (OnlineDPOTrainer, {"loss_type": loss, "pair_rule": "all_pairs"})
+        for loss in ("sigmoid", "ipo", "hinge", "robust", "rpo")
+    },
+    "best_worst": (OnlineDPOTrainer, {}),
+    "best_of_k_sft": (OnlineDPOTrainer, {"loss_type": "best_of_k_sft"}),
+    "rloo": (OnlineDPOTrainer, {"loss_type": "rloo"}),
+    "judged": (OnlineDPOTrainer, {"judge": by_letters, "judge_both_orders": True}),
+    "nash_md": (NashTrainer, {}),
+    "judged game": (NashTrainer, {"judge": by_letters, "judge_both_orders": True}),
+    **ALGORITHMS,
+}
+each_group_case = pytest.mark.parametrize("case", GROUP_CASES)
 
 
 def moved_reference(run):
@@ -45,7 +66,18 @@ def moved_reference(run):
             p.data.add_(0.02 * torch.randn_like(p))
 
 
-def gradient_of_one_step(trainer, folder, rows=16, accumulation=1, **options):
+def lengths(completions, **_):
+    """Scores that never tie in a group of `different` completions, in another order in another."""
+    return [(ord(c[0]) + 2.0 * len(c)) % 7 for c in completions]
+
+
+def some_ties(prompts, completions, **_):
+    """Like `lengths`, but silent on the shortest prompts."""
+    pairs = zip(prompts, lengths(completions), strict=True)
+    return [0.0 if len(prompt) == 4 else score for prompt, score in pairs]
+
+
+def gradient_of_one_step(trainer, folder, rows=16, accumulation=1, reward_funcs=None, **options):
     """Gradient of one optimizer step over four fixed groups, before clipping; nothing is drawn."""
     options = dict(
         max_steps=1,
@@ -59,6 +91,10 @@ def gradient_of_one_step(trainer, folder, rows=16, accumulation=1, **options):
     )
     caught = Gradients()
     given = {"callbacks": [caught], "rollout_func": speak(different)}
+    if trainer in OF_GROUPS and not callable(options.get("judge")):
+        given["reward_funcs"] = reward_funcs or lengths
+    if trainer in OF_GROUPS:
+        given["train_dataset"] = tiny_prompts(16).select([0, 5, 11, 4])  # of three lengths
     run = build(trainer, folder, arguments=given, **options)
     moved_reference(run)
     run.train()
@@ -68,16 +104,16 @@ def gradient_of_one_step(trainer, folder, rows=16, accumulation=1, **options):
 # Row 1
 
 
-def worst_factoring(trainer, folder, **options):
+def worst_factoring(trainer, folder, factorings=(2, 4, 16), **options):
     whole, _ = gradient_of_one_step(trainer, folder, **options)
     assert whole.norm() > 1e-4
     parts = [
-        gradient_of_one_step(trainer, folder, accumulation=a, **options)[0] for a in (2, 4, 16)
+        gradient_of_one_step(trainer, folder, accumulation=a, **options)[0] for a in factorings
     ]
     return max(relative(part, whole) for part in parts)
 
 
-@each_trainer
+@each_of_tokens
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.filterwarnings("ignore:loss_type")
 def test_factorings_of_a_batch_give_one_gradient(trainer, loss_type, tmp_path):
@@ -86,6 +122,48 @@ def test_factorings_of_a_batch_give_one_gradient(trainer, loss_type, tmp_path):
 
 def test_bnpo_is_exempt_because_it_normalises_each_micro_batch_by_definition(tmp_path):
     assert worst_factoring(GRPOTrainer, tmp_path, loss_type="bnpo") > 1e-3
+
+
+@each_group_case
+def test_factorings_of_a_batch_of_groups_give_one_gradient(case, tmp_path):
+    """Down to a single group per micro-batch: a smaller one would split it."""
+    trainer, options = GROUP_CASES[case]
+    assert worst_factoring(trainer, tmp_path, factorings=(4,), **options) <= 1e-5
+
+
+def test_factorings_of_trls_online_dpo_do_not(tmp_path):
+    whole, quarters = (their_online_dpo(tmp_path, accumulation=a)[0] for a in (1, 4))
+    ratio = (quarters.norm() / whole.norm()).item()
+    print("gradient at four micro-batches over that at one: TRL", ratio)
+    assert ratio == pytest.approx(4.0, rel=1e-4)
+
+
+def test_mutation_group_loss_not_divided_by_the_accumulation(tmp_path, monkeypatch):
+    whole, _ = gradient_of_one_step(OnlineDPOTrainer, tmp_path)
+    honest = OnlineDPOTrainer._compute_loss
+
+    def undivided(self, model, inputs):
+        return honest(self, model, inputs) * self.current_gradient_accumulation_steps
+
+    monkeypatch.setattr(OnlineDPOTrainer, "_compute_loss", undivided)
+    parts, _ = gradient_of_one_step(OnlineDPOTrainer, tmp_path, accumulation=4)
+    assert (parts.norm() / whole.norm()).item() == pytest.approx(4.0, rel=1e-4)
+
+
+def test_mutation_ties_left_out_of_the_normaliser(tmp_path, monkeypatch):
+    """Dividing by the pairs that have a winner weighs prompts by their micro-batch."""
+    honest = OnlineDPOTrainer.group_loss
+
+    def over_decided(self, group):
+        loss_P, metrics = honest(self, group)
+        decided = (group.stored["weight"] > 0).any(1).float().mean().clamp(min=1e-3)
+        return loss_P / decided, metrics
+
+    monkeypatch.setattr(OnlineDPOTrainer, "group_loss", over_decided)
+    options = {"reward_funcs": some_ties, "factorings": (4,)}
+    assert worst_factoring(OnlineDPOTrainer, tmp_path, **options) > 1e-2
+    monkeypatch.setattr(OnlineDPOTrainer, "group_loss", honest)
+    assert worst_factoring(OnlineDPOTrainer, tmp_path, **options) <= 1e-5
 
 
 def test_mutation_kl_not_divided_by_the_accumulation(tmp_path, monkeypatch):
@@ -114,11 +192,27 @@ def one_process(trainer, folder, name):
     return gradient_of_one_step(trainer, folder, rows=8, **CASES[name])[0]
 
 
-@each_trainer
+@each_of_tokens
 @pytest.mark.parametrize("case", ["dr_grpo", "dapo", "baseline", "vocab"])
 def test_two_processes_equal_one(trainer, case, two_processes, tmp_path):
     one = one_process(trainer, tmp_path, case)
     assert relative(two_processes[f"{trainer.__name__} {case}"], one) <= 1e-5
+
+
+@each_group_case
+def test_two_processes_over_groups_equal_one(case, two_processes, tmp_path):
+    trainer, options = GROUP_CASES[case]
+    one, row = gradient_of_one_step(trainer, tmp_path, rows=8, **options)
+    assert one.norm() > 1e-4
+    assert relative(two_processes["groups"][case], one) <= 1e-5
+    for name, value in two_processes["rows"][case].items():
+        assert value == pytest.approx(row[name], rel=1e-4, abs=1e-6), name
+
+
+def test_mutation_the_other_processes_rewards(two_processes, tmp_path):
+    """Without the slice of the gathered rewards, rank 1 would train on those of rank 0."""
+    one, _ = gradient_of_one_step(OnlineDPOTrainer, tmp_path, rows=8)
+    assert relative(two_processes["mutated: rewards of rank 0"], one) > 1e-2
 
 
 def test_two_processes_equal_trl_bit_for_bit(two_processes):
@@ -150,10 +244,13 @@ def pad_more(monkeypatch):
     return extra
 
 
-def worst_padding(trainer, folder, pad_more, **options):
+PADS = ((1, 0), (7, 0), (0, 20), (7, 20))
+
+
+def worst_padding(trainer, folder, pad_more, pads=PADS, **options):
     expected, row = gradient_of_one_step(trainer, folder, **options)
     worst = 0.0
-    for left, right in ((1, 0), (7, 0), (0, 20), (7, 20)):
+    for left, right in pads:
         pad_more.update(left=left, right=right)
         actual, padded_row = gradient_of_one_step(trainer, folder, **options)
         worst = max(worst, relative(actual, expected))
@@ -162,11 +259,34 @@ def worst_padding(trainer, folder, pad_more, **options):
     return worst
 
 
-@each_trainer
+@each_of_tokens
 @pytest.mark.parametrize("kl_gradient", ["sequence", "sequence_vocab"])
 def test_pads_change_nothing(trainer, kl_gradient, pad_more, tmp_path):
     options = dict(kl_gradient=kl_gradient, kl_baseline="leave_one_out")
     assert worst_padding(trainer, tmp_path, pad_more, **options) <= 1e-6
+
+
+@each_group_case
+def test_pads_change_nothing_in_a_batch_of_groups(case, pad_more, tmp_path):
+    """Loss, gradient and every metric: a micro-batch is trimmed to its longest row."""
+    trainer, options = GROUP_CASES[case]
+    pads = PADS if case == "best_worst" else PADS[-1:]
+    worst = worst_padding(trainer, tmp_path, pad_more, pads, **options)
+    print(case, worst)
+    assert worst <= 1e-6
+
+
+def test_pads_change_what_trls_online_dpo_logs(tmp_path):
+    row, padded = (their_online_dpo(tmp_path, pads=n)[1] for n in (0, 20))
+    print("TRL", *((name, row[name], padded[name]) for name in ("objective/kl",)))
+    assert abs(padded["objective/kl"] - row["objective/kl"]) > 0.1
+    assert padded["objective/entropy"] > 2 * row["objective/entropy"]
+
+
+def test_mutation_groups_without_trim_and_mask(pad_more, tmp_path, monkeypatch):
+    monkeypatch.setattr(seam, "trimmed", lambda batch: batch)
+    monkeypatch.setattr(seam, "_loss_mask", lambda batch: torch.ones_like(batch["completion_mask"]))
+    assert worst_padding(OnlineDPOTrainer, tmp_path, pad_more, PADS[-1:]) > 1e-3
 
 
 def test_mutation_kl_summed_without_its_mask(pad_more, tmp_path, monkeypatch):
@@ -199,9 +319,10 @@ def absolute_positions():
 MODELS = {"rotary": lambda: tiny_llama(len(TOKENIZER)), "absolute": absolute_positions}
 
 
-def scored_minus_sampled(trainer, folder, model):
+def scored_minus_sampled(trainer, folder, model, **own):
     """Largest difference, in nats, over the tokens of completions that end and that are cut."""
-    options = dict(temperature=0.7, max_completion_length=12, beta=0.0, num_generations=8)
+    own = own or {"beta": 0.0}
+    options = dict(temperature=0.7, max_completion_length=12, num_generations=8, **own)
     run = build(trainer, folder, model=model, **options)
     run.model.eval()
     encoded = TOKENIZER(["1=", "1+2+3+4="], return_tensors="pt", padding=True, padding_side="left")
@@ -225,6 +346,18 @@ def scored_minus_sampled(trainer, folder, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_scored_equals_sampled_log_probability(model, tmp_path):
     assert scored_minus_sampled(GRPOTrainer, tmp_path, MODELS[model]()) <= 1e-5
+
+
+@pytest.mark.parametrize("trainer", OF_GROUPS, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("model", MODELS)
+def test_groups_are_scored_as_sampled_where_asked_to(trainer, model, tmp_path):
+    own = {"scale_logps_by_temperature": True}
+    assert scored_minus_sampled(trainer, tmp_path, MODELS[model](), **own) <= 1e-5
+
+
+def test_groups_are_else_scored_at_temperature_1(tmp_path):
+    own = {"scale_logps_by_temperature": False}
+    assert scored_minus_sampled(OnlineDPOTrainer, tmp_path, MODELS["rotary"](), **own) > 1e-2
 
 
 def test_mutation_positions_count_pads(tmp_path, monkeypatch):
@@ -253,8 +386,9 @@ def first_kl(trainer, folder, model, **arguments):
     return run.state.log_history[0]["kl"]
 
 
+@pytest.mark.parametrize("trainer", [GRPOTrainer, *OF_GROUPS], ids=lambda t: t.__name__)
 @pytest.mark.parametrize("source", ["instance", "changed instance", "path", "lora", "custom class"])
-def test_kl_at_step_0_is_0(source, tmp_path):
+def test_kl_at_step_0_is_0(source, trainer, tmp_path):
     arguments = {}
     if source == "instance":
         model = tiny_llama(len(TOKENIZER))
@@ -270,7 +404,7 @@ def test_kl_at_step_0_is_0(source, tmp_path):
         model = type("Custom", (type(tiny_llama(len(TOKENIZER))),), {})(
             tiny_llama(len(TOKENIZER)).config
         )
-    assert first_kl(GRPOTrainer, tmp_path, model, **arguments) == 0.0
+    assert first_kl(trainer, tmp_path, model, **arguments) == 0.0
 
 
 def test_mutation_reference_reloaded_from_the_path(tmp_path, monkeypatch):
@@ -365,7 +499,7 @@ def test_without_options_of_its_own_grpo_is_trl_bit_for_bit(options, tmp_path):
             trainer, tmp_path / trainer.__module__, model=model, arguments=arguments, **given
         )
         run.train()
-        runs.append((parameters(run), logged(run)[:-1]))
+        runs.append((parameters(run), logged(run, without=("sampling/staleness",))[:-1]))
     (theirs, rows), (mine, my_rows) = runs
     assert torch.equal(theirs, mine)
     assert rows == my_rows

@@ -4,7 +4,13 @@ import pytest
 
 from tests.runs import OURS, build
 from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
-from trl_ext import GRPOTrainer, MajorityVoteTrainer, PassAtKTrainer
+from trl_ext import (
+    GRPOTrainer,
+    MajorityVoteTrainer,
+    NashTrainer,
+    OnlineDPOTrainer,
+    PassAtKTrainer,
+)
 from trl_ext.evals import evaluate_generations
 
 TOKENIZER = tiny_tokenizer("0123456789+=ab")
@@ -15,6 +21,12 @@ def twice_the_same(completions, **_):
     return [float(len(c) > 1 and c[0] == c[1] and c[0].isdigit()) for c in completions]
 
 
+def the_same_twice(prompts, first, second):
+    """A judge who likes that pattern, and else cannot tell."""
+    wins = zip(twice_the_same(first), twice_the_same(second), strict=True)
+    return [0.5 + 0.5 * (a - b) for a, b in wins]
+
+
 def first_digit(text):
     return text[0] if text[:1].isdigit() else None
 
@@ -23,6 +35,8 @@ OBJECTIVE = {
     GRPOTrainer: ("pass@1", {"beta": 0.01}),
     PassAtKTrainer: ("pass@4", {"k": 4, "beta": 0.0}),
     MajorityVoteTrainer: ("maj@4", {"k": 4, "beta": 0.0, "answer_extractor": first_digit}),
+    OnlineDPOTrainer: ("pass@1", {"beta": 0.1}),
+    NashTrainer: ("pass@1", {"algorithm": "nash_md", "judge": the_same_twice, "beta": 0.01}),
 }
 
 
@@ -54,7 +68,7 @@ def test_own_objective_rises_on_held_out_prompts(trainer, tmp_path):
         model=model,
         arguments={
             "train_dataset": train,
-            "reward_funcs": twice_the_same,
+            "reward_funcs": None if "judge" in options else twice_the_same,
             "processing_class": TOKENIZER,
         },
         max_steps=40,

@@ -4,6 +4,7 @@ import datetime
 import importlib
 import json
 import pkgutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +12,21 @@ import trl
 from peft import LoraConfig
 
 import trl_ext.trainers
-from tests.runs import METHODS, OURS, TOKENIZER, build, parameters, vowels
+from tests.runs import (
+    ALGORITHMS,
+    METHODS,
+    OF_GROUPS,
+    OURS,
+    TOKENIZER,
+    build,
+    by_letters,
+    lacking,
+    parameters,
+    vowels,
+)
 from tests.tiny import tiny_llama, tiny_prompts
+from trl_ext import NashTrainer, OnlineDPOTrainer
+from trl_ext.trainers.group import IGNORED
 
 each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
 
@@ -24,6 +38,18 @@ def test_every_trainer_has_a_row():
             own = isinstance(found, type) and issubclass(found, trl.GRPOTrainer)
             if own and module.name != "_seam" and found.__module__.startswith("trl_ext.trainers."):
                 assert found in METHODS or found.__module__.endswith("_seam"), found
+
+
+def refusal(trainer, options):
+    """What a trainer over groups answers to an option of a loss over tokens; else no refusal."""
+    if lacking(trainer, options):
+        return pytest.raises(TypeError, match=f"unexpected .*{lacking(trainer, options)[0]}")
+    ignored = [name for name in options if name in IGNORED]
+    if trainer in OF_GROUPS and ignored:
+        return pytest.raises(ValueError, match=f"{ignored[0]}=.* is not applied: .*whole groups")
+    if trainer is NashTrainer and "temperature" in options:
+        return pytest.raises(ValueError, match=r"temperature=.*scale_logps_by_temperature=True")
+    return nullcontext()
 
 
 def learns(trainer):
@@ -64,13 +90,18 @@ def test_save_and_reload_with_plain_transformers(trainer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == TOKENIZER.eos_token
 
 
-@each_trainer
-def test_peft_adapter(trainer, tmp_path):
+# Without a copy of the policy, for which an adapter would have to be copied too.
+WITH_ADAPTER = [(trainer, {}) for trainer in OURS] + [ALGORITHMS["xpo"], ALGORITHMS["inpo"]]
+
+
+@pytest.mark.parametrize(("trainer", "options"), WITH_ADAPTER, ids=str)
+def test_peft_adapter(trainer, options, tmp_path):
     model = tiny_llama(len(TOKENIZER))
     base = {name: p.clone() for name, p in model.named_parameters()}
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    run = build(trainer, tmp_path, model=model, arguments={"peft_config": lora})
+    run = build(trainer, tmp_path, model=model, arguments={"peft_config": lora}, **options)
     learns(run)
+    assert run.ref_model is None, "the adapter turned off is the reference, and the opponent"
     for name, p in run.model.get_base_model().named_parameters():
         if "lora" not in name:
             assert torch.equal(p, base[name.replace(".base_layer", "")]), name
@@ -87,12 +118,87 @@ def test_peft_adapter(trainer, tmp_path):
         {"kl_gradient": "sequence_total", "kl_baseline": "leave_one_out"},
         {"mask_truncated_completions": True, "max_completion_length": 32, "max_steps": 3},
         {"temperature": 0.7},
-        {"log_completions": True},
+        {"temperature": 0.7, "scale_logps_by_temperature": True},
+        {"log_completions": True, "num_completions_to_print": 0},
+        {"gradient_checkpointing": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=str,
 )
 def test_options(trainer, options, tmp_path):
-    learns(build(trainer, tmp_path, **options))
+    expected = refusal(trainer, options)
+    if "scale_logps_by_temperature" in options and trainer in OF_GROUPS:
+        expected = nullcontext()
+    with expected:
+        learns(build(trainer, tmp_path, **options))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return {t: parameters(learns(build(t, folder, max_steps=3))) for t in OF_GROUPS}
+
+
+def label(value):
+    return "-".join(f"{v}" for v in value.values()) if isinstance(value, dict) else value.__name__
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        *ALGORITHMS.values(),
+        *[
+            (OnlineDPOTrainer, options)
+            for options in [
+                {"loss_type": "ipo"},
+                {"loss_type": "ipo_normalised", "length_normalised": True},
+                {"loss_type": "hinge"},
+                {"loss_type": "robust", "label_smoothing": 0.2},
+                {"loss_type": "rpo", "rpo_eta": 0.5},
+                {"loss_type": "best_of_k_sft"},
+                {"loss_type": "best_of_k_sft", "beta": 0.0},
+                {"loss_type": "rloo"},
+                {"pair_rule": "first_two"},
+                {"pair_rule": "all_pairs"},
+                {"pair_rule": "all_pairs", "judge": "bradley_terry", "soft_labels": True},
+                {"judge": by_letters, "judge_both_orders": True, "pair_rule": "first_two"},
+                {"missing_eos": "subtract", "missing_eos_value": 1.5},
+                {"missing_eos": "replace", "missing_eos_value": -1.0},
+                {"f_divergence": "forward_kl"},
+                {"f_divergence": "js"},
+                {"f_divergence": "alpha", "f_alpha": 0.3},
+            ]
+        ],
+        *[
+            (NashTrainer, options)
+            for options in [
+                {"mixture_coefficient": 0.0, "beta": 0.0},
+                {"mixture_coefficient": 1.0},
+                {"judge": by_letters, "judge_both_orders": True},
+                {"judge": "tests.runs:by_letters", "algorithm": "spo", "num_generations": 2},
+            ]
+        ],
+    ],
+    ids=label,
+)
+def test_each_loss_and_algorithm_learns(trainer, options, plain, tmp_path):
+    """Against the plain run each makes a difference of its own: none is silently another one."""
+    run = learns(build(trainer, tmp_path, max_steps=3, **options))
+    assert not torch.equal(parameters(run), plain[trainer])
+    assert all(row["loss"] == row["loss"] for row in run.state.log_history[:-1])
+
+
+def test_completions_table_shows_who_was_chosen(tmp_path):
+    import pandas as pd
+
+    learns(build(OnlineDPOTrainer, tmp_path, log_completions=True, num_completions_to_print=0))
+    for step in (1, 2):
+        table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        for _, group in table.groupby(table.index // 4):
+            scores, role = group["vowels"].to_numpy(), group["advantage"].to_numpy()
+            decided = scores.max() > scores.min()
+            assert sorted(role) == ([-1, 0, 0, 1] if decided else [0, 0, 0, 0])
+            if decided:
+                assert (scores[role == 1], scores[role == -1]) == (scores.max(), scores.min())
 
 
 @each_trainer
@@ -117,7 +223,8 @@ def test_unscorable_completions(trainer, tmp_path):
         return [None] * len(completions)
 
     learns(build(trainer, tmp_path, arguments={"reward_funcs": some}, num_generations=8))
-    run = build(trainer, tmp_path, arguments={"reward_funcs": none}, beta=0.0)
+    own = {} if trainer in OF_GROUPS else {"beta": 0.0}  # whose KL moves without rewards
+    run = build(trainer, tmp_path, arguments={"reward_funcs": none}, **own)
     before = parameters(run)
     run.train()
     assert torch.equal(before, parameters(run)), "nothing was scored, so nothing may move"
@@ -164,3 +271,14 @@ def test_config_survives_json(trainer, tmp_path):
     again = json.loads(run.args.to_json_string())
     assert all(name in again for name in own)
     assert isinstance(run.args, config)
+
+
+@pytest.mark.parametrize("trainer", OF_GROUPS, ids=lambda t: t.__name__)
+def test_a_judge_survives_json_and_pickle_by_its_name(trainer, tmp_path):
+    import pickle
+
+    args = build(trainer, tmp_path, judge=by_letters).args
+    assert json.loads(args.to_json_string())["judge"] == "tests.runs:by_letters"
+    again = pickle.loads(pickle.dumps(args))
+    runs = [learns(build(trainer, tmp_path, judge=judge)) for judge in (by_letters, again.judge)]
+    assert torch.equal(*map(parameters, runs))

@@ -8,9 +8,9 @@ import trl
 
 import tests.conftest  # noqa: F401  the settings of every test
 from tests.processes import leave
-from tests.runs import OURS, build, parameters
-from tests.trainers.test_invariance import gradient_of_one_step
-from trl_ext import GRPOTrainer
+from tests.runs import OF_TOKENS, build, parameters
+from tests.trainers.test_invariance import GROUP_CASES, gradient_of_one_step
+from trl_ext import GRPOTrainer, OnlineDPOTrainer
 
 # Four rows on each rank: a group of eight is split over both.
 CASES = {
@@ -22,12 +22,16 @@ CASES = {
 
 
 def main(folder: Path) -> None:
-    found = {}
-    for trainer in OURS:
+    found: dict = {"groups": {}, "rows": {}}
+    for trainer in OF_TOKENS:
         for name, options in CASES.items():
             gradient, _ = gradient_of_one_step(trainer, folder, rows=4, **options)
             found[f"{trainer.__name__} {name}"] = gradient
+    for name, (trainer, options) in GROUP_CASES.items():
+        gradient, row = gradient_of_one_step(trainer, folder, rows=4, **options)
+        found["groups"][name], found["rows"][name] = gradient, row
     found["mutated: local token count"] = with_local_token_count(folder)
+    found["mutated: rewards of rank 0"] = with_rewards_of_rank_0(folder)
     for name, trainer, own in (
         ("ours", GRPOTrainer, {"beta": 0.0}),
         ("theirs", trl.GRPOTrainer, {}),
@@ -54,6 +58,22 @@ def with_local_token_count(folder: Path) -> torch.Tensor:
         return gradient_of_one_step(GRPOTrainer, folder, rows=4, **CASES["dapo"])[0]
     finally:
         GRPOTrainer._generate_and_score_completions = honest
+
+
+def with_rewards_of_rank_0(folder: Path) -> torch.Tensor:
+    """A bug of row 2: each rank takes the first of the gathered rewards for its own."""
+    honest = OnlineDPOTrainer._calculate_rewards
+
+    def first(self, *args):
+        rewards_BF = honest(self, *args)
+        self._rewards_B = self._rewards_B[: len(self._rewards_B) // 2].repeat(2)
+        return rewards_BF
+
+    OnlineDPOTrainer._calculate_rewards = first
+    try:
+        return gradient_of_one_step(OnlineDPOTrainer, folder, rows=4)[0]
+    finally:
+        OnlineDPOTrainer._calculate_rewards = honest
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Task generators, as datasets with the columns `prompt` and `answer`, and records of earlier runs."""
+"""Task generators and the records of earlier runs, as datasets."""
 
 from trl_ext.data.calculator import calculator_puzzles
 from trl_ext.data.record import load_record, shuffled_in_blocks

@@ -8,7 +8,7 @@ A prompt lists words in capitals; a story should use all of them, no other, and 
 How good a story is, `story_quality` says exactly, so that it can be the gold reward of a study in
 which everything that is trained sees only preferences between stories that people wrote. These
 writers use two adjectives at most, and within that each one makes a story better. What the gold
-reward says of a third and a fourth, no pair shows. A reward model trained on the pairs therefore
+reward says of a fourth and a sixth, no pair shows. A reward model trained on the pairs therefore
 extrapolates, and a policy trained on the reward model follows it past the best story.
 
 Capitals make a prompt's word another token than a story's: one layer of attention can then tell
@@ -44,10 +44,11 @@ def story_quality(
 ) -> list[float]:
     """Scores stories: keywords used, minus unasked nouns, plus colour up to a point.
 
-    quality = |used keywords| − |unasked nouns| + a − 3 max(a − 3, 0),   a = number of adjectives
+    quality = |used keywords| − |unasked nouns| + a(6 − a)/5,   a = number of adjectives
 
     A noun counts once however often it is used, an adjective each time: only a can be driven far.
-    Each of the first three is worth a keyword, each further one costs two.
+    The first is worth a keyword, the second and third 0.6 and 0.2, and each further one costs more
+    than the one before: 0.2, 0.6, 1 and so on.
 
     Args:
         completions: `B` stories, words separated by white space; other words count for nothing.
@@ -55,7 +56,7 @@ def story_quality(
         **kwargs: other columns and TRL's extras, unused.
 
     Returns:
-        `B` scores, at most `len(keywords) + 3`. An empty story has 0.
+        `B` scores, at most `len(keywords) + 1.8`. An empty story has 0.
     """
     return [_quality(story, asked) for story, asked in zip(completions, keywords, strict=True)]
 
@@ -112,7 +113,7 @@ def _quality(story: str, asked: Sequence[str]) -> float:
     nouns = {word for word in words if word in NOUNS}
     colour = sum(word in ADJECTIVES for word in words)
     used, unasked = len(nouns & set(asked)), len(nouns - set(asked))
-    return float(used - unasked + colour - 3 * max(colour - BEST_COLOUR, 0))
+    return used - unasked + colour * (2 * BEST_COLOUR - colour) / 5
 
 
 def _keywords(rng: random.Random) -> list[str]:

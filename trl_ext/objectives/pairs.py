@@ -130,25 +130,23 @@ def rpo_loss(margin_PN: Tensor, chosen_logp_PN: Tensor, beta: float, eta: float)
     return sigmoid_loss(margin_PN) - eta * beta * chosen_logp_PN
 
 
-def xpo_loss(margin_PN: Tensor, reference_sample_logp_PN: Tensor, alpha: float) -> Tensor:
-    """XPO: DPO that moves probability away from what the reference would have said.
+def exploration_bonus(reference_sample_logp: Tensor, alpha: float) -> Tensor:
+    """XPO's addition to DPO: moves probability away from what the reference would have said.
 
     loss = −log σ(m) + α log π(ỹ),   y ~ π,  ỹ ~ ref
 
     Args:
-        margin_PN: `(P, N)`, m = βΔ of the labelled pair {y, ỹ}.
-        reference_sample_logp_PN: `(P, N)`, log π(ỹ) in nats, summed over tokens: the policy's
-            log-probability of the *reference's* sample, whichever side won.
-        alpha: strength of the exploration bonus, ≥ 0.
+        reference_sample_logp: log π(ỹ) in nats, summed over tokens: the policy's log-probability
+            of the *reference's* sample, whichever side won, and also where none did.
+        alpha: strength of the bonus, ≥ 0.
 
     Returns:
-        `(P, N)`; α = 0 is `sigmoid_loss`. In expectation the bonus raises KL(ref‖π).
+        α log π(ỹ), same shape. Its expected gradient is −α ∇KL(ref‖π): it raises that KL.
 
     Source: arXiv:2405.21046, algorithm 1.
     """
-    shapes = (margin_PN.shape, reference_sample_logp_PN.shape)
-    assert shapes[0] == shapes[1] and alpha >= 0, (*shapes, alpha)
-    return sigmoid_loss(margin_PN) + alpha * reference_sample_logp_PN
+    assert alpha >= 0, alpha
+    return alpha * reference_sample_logp
 
 
 def best_of_k_sft_loss(chosen_logp_PN: Tensor) -> Tensor:

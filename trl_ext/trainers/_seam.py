@@ -780,6 +780,23 @@ class GroupTrainer(ScheduledTrainer):
                     "per prompt, at least 2: a group must not split over micro-batches or ranks. "
                     f"Change {name}, num_generations or num_generations_eval."
                 )
+        self._refuse_further_writers()
+
+    def _refuse_further_writers(self) -> None:
+        """Completions of the dataset and of an opponent are whole after one turn."""
+        given = {
+            "tools": self.tools,
+            "environment_factory": self.environment_factories,
+            "use_transformers_continuous_batching": self.use_transformers_continuous_batching,
+            # Which may well answer in an opponent's place.
+            "rollout_func": self.rollout_func if self.opponent is None else None,
+        }
+        for name, value in given.items():
+            if value and self.args.other_writer is not None:
+                raise ValueError(
+                    f"{name} is not supported with {self.args.other_writer}, which says itself who "
+                    "writes the completions, each in one turn. Leave it unset."
+                )
 
     def take_snapshot(self, name: str) -> None:
         """Keeps the policy of now under a name, in place of what had it before."""
@@ -803,10 +820,11 @@ class GroupTrainer(ScheduledTrainer):
                 save_policy(output_dir, model, name)
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
-        super()._load_own_state(state)
+        # First: a sampler that works ahead may sample with one of them.
         for name in state.get("snapshots", ()):
             self.take_snapshot(name)
             load_policy(self._resumed_from, self.snapshots[name], name)
+        super()._load_own_state(state)
 
     def _own_state(self) -> dict[str, Any]:
         return super()._own_state() | {"snapshots": list(self.snapshots)}

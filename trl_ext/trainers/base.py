@@ -115,6 +115,11 @@ class BaseConfig(trl.GRPOConfig):
         return self.temperature
 
     @property
+    def scores_text_again(self) -> bool:
+        """Whether a loss needs a forward pass of ours, which knows token ids and nothing else."""
+        return False
+
+    @property
     def score_name(self) -> str | None:
         """Name of scores that do not come from reward functions; None if all do."""
         return None

@@ -20,6 +20,8 @@ from trl_ext.cards import (
     hyperparameters_of,
 )
 
+OF_THE_MACHINE = {"record_path", "sampler_device", "sampler_timeout"}  # nothing of the model
+
 
 def trainer_card(
     trainer: Any, model_name: str | None, dataset_name: str | None, tags: Sequence[str]
@@ -81,7 +83,8 @@ def _own_options(args: Any) -> dict[str, Any]:
     ours, host = (
         {field.name for field in dataclasses.fields(c)} for c in (type(args), trl.GRPOConfig)
     )
-    return {k: v for k, v in args.to_dict().items() if k in ours - host and v is not None}
+    told = ours - host - OF_THE_MACHINE
+    return {k: v for k, v in args.to_dict().items() if k in told and v is not None}
 
 
 def _run_facts(trainer: Any) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class GroupConfig(BaseConfig):
     def score_name(self) -> str | None:
         return "win_rate" if self.asks_judge else None
 
+    @property
+    def other_writer(self) -> str | None:
+        """The option by which not all completions are samples of the policy; None if all are."""
+        return None
+
     def refuse_tempered(self, what: str) -> None:
         """A policy gradient is that of the policy which sampled."""
         if self.temperature != self.scoring_temperature:

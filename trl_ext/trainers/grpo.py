@@ -98,7 +98,6 @@ class GRPOConfig(BaseConfig):
 
     @property
     def scores_text_again(self) -> bool:
-        """Whether the KL needs a forward pass of ours, which knows token ids and nothing else."""
         again = self.kl_gradient == "sequence_vocab" or self.kl_baseline != "none"
         return bool(self.beta) and self.owns_kl and again
 

@@ -42,8 +42,8 @@ def judged(
     if both_orders:
         swapped = answers[len(rows) :]
         told_twice = ~(preferred + swapped).isnan()
-        agree = consistent(preferred, swapped)[told_twice].sum().item()
-        inconsistent = 1 - agree / max(told_twice.sum().item(), 1)
+        differ = ~consistent(preferred, swapped)[told_twice]
+        inconsistent = differ.sum().item() / max(len(differ), 1)
         preferred = debiased(preferred, swapped)
     preferences_PGG = torch.full((P, G, G), torch.nan, dtype=preferred.dtype)
     places = torch.arange(G)

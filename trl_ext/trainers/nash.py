@@ -14,7 +14,10 @@
 
 ρ = log π/ref. π_t is the policy that sampled the round: an iteration of INPO or DNO is a round,
 `steps_per_generation / gradient_accumulation_steps` mini-batches long. Policy gradients carry the
-sequence importance ratio to that policy, unclipped, so that they stay exact over a whole round.
+sequence importance ratio to that policy, unclipped, and stay exact over a whole round: against the
+opponent that sampled it, in self-play π_t. DNO's win rates are those of the group, in which the two
+of a pair are among each other's opponents: in small groups their differences are overstated, by
+G/(G − 1) for transitive preferences.
 """
 
 import textwrap
@@ -135,6 +138,7 @@ class NashConfig(GroupConfig):
                 "'module:function', or 'bradley_terry' for the reward functions."
             )
         refuse_ignored(self, ["epsilon"], "importance ratios are not clipped")
+        refuse_ignored(self, ["loss_type"], "`algorithm` says which loss")
         self._check_values()
         self._check_half_steps(what)
         if self.algorithm not in ("inpo", "dno", "dno_prct"):
@@ -169,6 +173,11 @@ class NashConfig(GroupConfig):
                 f"opponent of {self.algorithm!r} answers in the second half of each group, which "
                 "only model.generate can do. Set an even num_generations and use_vllm=False."
             )
+
+    @property
+    def other_writer(self) -> str | None:
+        against = self.algorithm in AGAINST_OPPONENT
+        return f"algorithm={self.algorithm!r}" if against else None
 
     def _check_half_steps(self, what: str) -> None:
         if self.algorithm != "nash_mp":
@@ -234,7 +243,7 @@ def select(algorithm: str, preferences_PGG: Any) -> Selection:
         return Selection(index_PG[:, :half], {"win": win_PM}, role_PG)
     win_PG = win_rates(preferences_PGG)
     if algorithm in OF_PAIRS:
-        pairs = best_worst(win_PG, preferences_PGG=preferences_PGG)
+        pairs = best_worst(win_PG)
         if algorithm == "inpo":
             pairs = soft(pairs, preferences_PGG)
         return selection_of(pairs, G, everyone=False)

@@ -14,8 +14,9 @@
 | `"proximal_rloo"`    | −min(wA, clip(w, 1 ± ε)A), w per completion                | 2410.18252 |
 
 The loss is the mean over prompts, those with a tie included at exactly 0: it does not depend on how
-the batch is factored, and nothing is learned from a tie. Where the pairs come from is
-`pair_source`: the loss and the code are the same for all of them.
+the batch is factored, and nothing is learned from a tie. `"rloo"` is meant for fresh samples: with
+`num_iterations > 1` or `schedule="one_step"` it is not corrected, `"proximal_rloo"` is. Where the
+pairs come from is `pair_source`: the loss and the code are the same for all of them.
 """
 
 import textwrap
@@ -36,13 +37,13 @@ from trl_ext.objectives.pair_rules import (
 )
 from trl_ext.objectives.pairs import (
     best_of_k_sft_loss,
+    exploration_bonus,
     hinge_loss,
     ipo_loss,
     labelled,
     robust_loss,
     rpo_loss,
     sigmoid_loss,
-    xpo_loss,
 )
 from trl_ext.objectives.sequence_policy import (
     leave_one_out_advantage,
@@ -146,7 +147,7 @@ def pair_loss(args: OnlineDPOConfig, group: Group) -> tuple[Tensor, Metrics]:
     delta_PN, label_PN = score_w - score_l, torch.ones_like(score_w)
     if args.soft_labels:
         label_PN = group.stored["label"].to(score_w.dtype)
-    loss_PN = _loss_of_pairs(args, delta_PN, label_PN, logp_w, group.logp_PM[:, 1:2])
+    loss_PN = _loss_of_pairs(args, delta_PN, label_PN, logp_w)
     loss_PN = torch.where(weight_PN > 0, weight_PN * loss_PN, 0.0)
     decided_PN, beta = (weight_PN > 0).to(weight_PN.dtype), args.beta
     metrics = {
@@ -159,6 +160,8 @@ def pair_loss(args: OnlineDPOConfig, group: Group) -> tuple[Tensor, Metrics]:
         "frac_ties": (1 - decided_PN, torch.ones_like(decided_PN)),
     }
     loss_P = loss_PN.sum(1)
+    if args.loss_type == "xpo":  # of the pair, the second was sampled from the reference
+        loss_P = loss_P + exploration_bonus(group.logp_PM[:, 1], args.xpo_alpha)
     if args.pair_source == "hybrid":  # what follows the dataset's pair was sampled
         samples = (group.logp_PM[:, 2:], group.ref_logp_PM[:, 2:])
         loss_P = loss_P + cast(float, args.kl_coef) * leave_one_out_kl_loss(*samples)
@@ -171,21 +174,19 @@ def _log_ratio(args: OnlineDPOConfig, group: Group) -> Tensor:
 
 
 def _loss_of_pairs(
-    args: OnlineDPOConfig, delta: Tensor, label: Tensor, chosen_logp: Tensor, second_logp: Tensor
+    args: OnlineDPOConfig, delta: Tensor, label: Tensor, chosen_logp: Tensor
 ) -> Tensor:
     margin, beta = args.beta * delta, args.beta
     if args.loss_type == "best_of_k_sft":
         return best_of_k_sft_loss(chosen_logp)
     if args.loss_type == "rpo":
         return rpo_loss(margin, chosen_logp, beta, args.rpo_eta)
-    if args.loss_type == "xpo":
-        return xpo_loss(margin, second_logp, args.xpo_alpha)
     if args.loss_type == "robust":
         return robust_loss(margin, args.label_smoothing)
     if args.loss_type in ("ipo", "ipo_normalised"):
         normalised = args.loss_type == "ipo_normalised"
         return labelled(lambda d: ipo_loss(d, beta, normalised), delta, label)
-    loss = {"sigmoid": sigmoid_loss, "hinge": hinge_loss}[args.loss_type]
+    loss = hinge_loss if args.loss_type == "hinge" else sigmoid_loss
     return labelled(loss, margin, label)
 
 

@@ -174,10 +174,10 @@ class OnlineDPOConfig(GroupConfig):
                 "missing_eos='none' and a loss of pairs; policy gradients on preferences are "
                 "trl_ext.NashTrainer's."
             )
-        if self.soft_labels and self.judge is None:
+        if self.soft_labels and self.judge is None and self.pair_source != "replay":
             raise ValueError(
                 "soft_labels=True needs the probabilities of a judge: pass judge, e.g. "
-                "'bradley_terry' for the reward functions."
+                "'bradley_terry' for the reward functions, or replay a record that holds them."
             )
 
     def _check_source(self) -> None:
@@ -222,3 +222,9 @@ class OnlineDPOConfig(GroupConfig):
     @property
     def score_name(self) -> str | None:
         return super().score_name if self.pair_source == "online" else "recorded"
+
+    @property
+    def other_writer(self) -> str | None:
+        if self.pair_source != "online":
+            return f"pair_source={self.pair_source!r}"
+        return "loss_type='xpo'" if self.loss_type == "xpo" else None

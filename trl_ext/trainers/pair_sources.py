@@ -54,6 +54,11 @@ def _recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
             "train_dataset is no record: pair_source='replay' reads what a run with record_path "
             f"wrote, see trl_ext.data.load_record; got columns {sorted(rows[0])}."
         )
+    if "selected_chosen" not in rows[0]:
+        raise ValueError(
+            "train_dataset is the record of a run without pairs, as of a policy gradient: it says "
+            "not who was chosen. Record a run whose loss compares pairs."
+        )
     recorded = len(rows[0]["completion_ids"])
     if recorded != G:
         raise ValueError(
