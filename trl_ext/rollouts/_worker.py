@@ -147,7 +147,7 @@ class Worker:
         self._load(job.training)
         with self._autocast():
             completion_ids, state = self._with_random_state(request, lambda: self._sample(request))
-            logprobs = self._logprobs(request, completion_ids)
+            logprobs = self._logprobs(request, completion_ids) if request.scored else None
         self._finished = time.perf_counter()
         return Rollout(
             completion_ids, logprobs, request.version, state, self._finished - start, idle_s

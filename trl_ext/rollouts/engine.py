@@ -22,6 +22,7 @@ class Request:
         seed: seeds the sampler's random state for this request.
         rng_state: or: the state in which the generator of the sampling device goes on.
         opponent: who answers in the second half of each group; None: the policy alone.
+        scored: whether log-probabilities are wanted, which cost a forward pass.
     """
 
     prompt_ids: list[list[int]]
@@ -29,6 +30,7 @@ class Request:
     seed: int | None = None
     rng_state: Tensor | None = None
     opponent: Opponent | None = None
+    scored: bool = True
 
     def __post_init__(self) -> None:
         if self.seed is not None and self.rng_state is not None:
@@ -46,7 +48,7 @@ class Rollout:
         completion_ids: `B` completions, up to and including the end of sequence.
         logprobs: their tokens' log-probabilities under the policy's weights of this version, also
             in rows that an opponent took part in, at the sampling temperature, in nats; NaN where
-            a server does not tell.
+            a server does not tell. None if they were not wanted.
         version: that of the request.
         rng_state: state of the generator after sampling, if the request gave one.
         generation_s: seconds that the sampler worked on the request.
@@ -54,7 +56,7 @@ class Rollout:
     """
 
     completion_ids: list[list[int]]
-    logprobs: list[list[float]]
+    logprobs: list[list[float]] | None
     version: int
     rng_state: Tensor | None
     generation_s: float

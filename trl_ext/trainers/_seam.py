@@ -32,6 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer import grpo_trainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import (
     get_config_model_id,
     shuffle_sequence_dict,
@@ -365,6 +366,11 @@ class ScheduledTrainer(ResumableTrainer):
         return self.num_generations if self.model.training else self.num_generations_eval
 
     @property
+    def uses_old_logp(self) -> bool:
+        """Whether the loss asks for the policy that sampled."""
+        return True
+
+    @property
     def opponent(self) -> Opponent | None:
         """Who answers in the second half of each group, if not the policy."""
         return None
@@ -451,7 +457,12 @@ class ScheduledTrainer(ResumableTrainer):
         seed = int(torch.randint(2**62, ()).item()) if fresh else None
         state = None if fresh else self._sampling_rng()
         return Request(
-            wanted, self.state.global_step, seed=seed, rng_state=state, opponent=self.opponent
+            wanted,
+            self.state.global_step,
+            seed=seed,
+            rng_state=state,
+            opponent=self.opponent,
+            scored=self.uses_old_logp,
         )
 
     def _sampling_rng(self) -> Tensor:
@@ -708,6 +719,18 @@ class CreditTrainer(ScheduledTrainer):
         return out.logits[:, :-1].float() / self.temperature
 
 
+@contextmanager
+def _small_tiles(device: torch.device) -> Iterator[None]:
+    """Lets TRL's fused head take 2048 columns of the vocabulary at a time on a CPU: without Triton
+    some ten copies of a tile live at once, and whole rows of logits would cost less memory."""
+    columns = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = 2048 if device.type == "cpu" else columns
+    try:
+        yield
+    finally:
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = columns
+
+
 class GroupTrainer(ScheduledTrainer):
     """Hands a method whole groups: one row is one prompt with M of its completions.
 
@@ -721,7 +744,6 @@ class GroupTrainer(ScheduledTrainer):
 
     @property
     def uses_old_logp(self) -> bool:
-        """Whether `group_loss` asks for the policy that sampled."""
         return False
 
     @property
@@ -858,9 +880,10 @@ class GroupTrainer(ScheduledTrainer):
         if self._unscored:  # TRL would score all completions; ours are scored once selected
             logp_BT = torch.zeros_like(input_ids[:, -logits_to_keep:], dtype=torch.float32)
             return logp_BT, None, None
-        return super()._get_per_token_logps_and_entropies(
-            model, input_ids, mask, logits_to_keep, **kwargs
-        )
+        with _small_tiles(self.accelerator.device):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, mask, logits_to_keep, **kwargs
+            )
 
     def _generate_and_score_completions(self, inputs):
         self._inputs = inputs

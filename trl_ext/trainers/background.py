@@ -88,4 +88,5 @@ def own_share(trainer: Any, rollout: Rollout) -> Rollout:
     rows = len(told[0][0]) // accelerator.num_processes
     mine = slice(rows * accelerator.process_index, rows * (accelerator.process_index + 1))
     ids, logprobs = told[0]
-    return dataclasses.replace(rollout, completion_ids=ids[mine], logprobs=logprobs[mine])
+    own = logprobs and logprobs[mine]
+    return dataclasses.replace(rollout, completion_ids=ids[mine], logprobs=own)
