@@ -10,4 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # the variables above are read at import
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before TRL imports triton
+
 torch.set_num_threads(1)

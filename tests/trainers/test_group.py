@@ -52,7 +52,7 @@ OF_PAIRS = [
     [
         *OF_PAIRS,
         (OnlineDPOTrainer, {"judge": undecided}),
-        (OnlineDPOTrainer, {"loss_type": "xpo", "num_generations": 2}),
+        (OnlineDPOTrainer, {"loss_type": "xpo", "num_generations": 2, "xpo_alpha": 0.0}),
         ALGORITHMS["dno_prct"],
     ],
     ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v.__name__,
@@ -70,6 +70,22 @@ def test_nothing_is_learned_from_ties(trainer, options, tmp_path):
     rows = run.state.log_history[:-1]
     assert [row["frac_ties"] for row in rows] == [1.0, 1.0]
     assert [(row["loss"], row["grad_norm"]) for row in rows] == [(0.0, 0.0)] * 2
+
+
+def test_on_ties_xpo_explores_and_nothing_else(tmp_path):
+    """Its bonus is of the reference's sample, whoever won: linear in its weight, without β."""
+    found = []
+    for options in ({"xpo_alpha": 0.1}, {"xpo_alpha": 0.2}, {"xpo_alpha": 0.1, "beta": 3.0}):
+        caught = Gradients()
+        arguments = {"callbacks": [caught], "reward_funcs": same, "rollout_func": speak(different)}
+        fixed = dict(max_steps=1, learning_rate=0.0, max_grad_norm=0.0, num_generations=2)
+        build(
+            OnlineDPOTrainer, tmp_path, arguments=arguments, loss_type="xpo", **fixed, **options
+        ).train()
+        found.append(caught.steps[0])
+    assert found[0].norm() > 1e-2
+    torch.testing.assert_close(2 * found[0], found[1], rtol=1e-5, atol=1e-8)
+    assert torch.equal(found[0], found[2])
 
 
 def test_trls_online_dpo_learns_from_ties(tmp_path):
@@ -135,7 +151,7 @@ def test_an_unscorable_completion_is_never_in_a_pair(tmp_path):
     seen = []
 
     def some(completions, **_):
-        return [None if i % 4 == 2 else float(i % 4) for i in range(len(completions))]
+        return [None if i % 4 == 2 else 1.0 + i % 4 for i in range(len(completions))]
 
     arguments = {"reward_funcs": some, "rollout_func": speak(different)}
     run = build(OnlineDPOTrainer, tmp_path, arguments=arguments)
@@ -147,7 +163,7 @@ def test_an_unscorable_completion_is_never_in_a_pair(tmp_path):
 
     run.group_loss = watched
     run.train()
-    assert seen == [[3.0, 0.0]] * 4
+    assert seen == [[4.0, 1.0]] * 4
 
 
 @each_of_groups
@@ -166,7 +182,7 @@ def test_one_nan_reward_leaves_the_others_alone(tmp_path):
     """Three scored of four: the same pairs as if the fourth had never been drawn."""
 
     def three(completions, **_):
-        return [float("nan") if i % 4 == 3 else float(i % 4) for i in range(len(completions))]
+        return [float("nan") if i % 4 == 3 else 1.0 + i % 4 for i in range(len(completions))]
 
     def spoken(completions, **_):
         return [float(i % 3) for i in range(len(completions))]

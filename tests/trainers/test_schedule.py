@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 import trl_ext.trainers.background as background
 from tests.runs import (
     METHODS,
+    OF_GROUPS,
     OURS,
     TOKENIZER,
     Inline,
@@ -195,9 +196,11 @@ class Weights(TrainerCallback):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @each_trainer
 def test_old_log_probabilities_are_those_of_the_snapshot(trainer, temperature, inline, tmp_path):
-    tempered = {"temperature": temperature}
-    if trainer in (OnlineDPOTrainer, NashTrainer):
+    tempered: dict = {"temperature": temperature}
+    if trainer in OF_GROUPS:
         tempered["scale_logps_by_temperature"] = True
+    if trainer is OnlineDPOTrainer:
+        tempered["loss_type"] = "proximal_rloo"  # the one that asks who sampled
     weights, seen = Weights(), []
     arguments = {"callbacks": [weights]}
     run = ahead(trainer, tmp_path, max_steps=3, arguments=arguments, **tempered)

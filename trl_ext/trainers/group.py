@@ -12,7 +12,11 @@ IGNORED = (
     *("epsilon_high", "delta", "importance_sampling_level", "scale_rewards"),
     *("multi_objective_aggregation", "mask_truncated_completions", "top_entropy_quantile"),
     *("entropy_coef", "use_adaptive_entropy", "off_policy_mask_threshold"),
-    *("use_bias_correction_kl", "vllm_importance_sampling_correction"),
+    *("use_bias_correction_kl", "sapo_temperature_neg", "sapo_temperature_pos"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    *("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+    *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
 )
 
 
