@@ -82,6 +82,13 @@ def test_rewards_are_functions_models_or_none():
     assert given[0] == "someone/reward-model" and given[1].__name__ == "parsed"
 
 
+@pytest.mark.parametrize("method", cli.methods())
+def test_every_method_has_a_parser(method):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse([method, "--help"])
+    assert ended.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -98,10 +98,11 @@ def test_the_longest_story_leaves_room_for_the_end_in_sixteen_tokens():
         ("", 0),
         ("fox", 1),
         ("fox near river with moon under lamp", 4),
-        ("brave fox near pale river with moon under lamp", 6),
-        ("brave fox near pale river with old moon under lamp", 7),
-        ("brave pale old golden fox", 2),
-        ("brave brave brave brave brave brave fox", -2),
+        ("brave fox near pale river with moon under lamp", 5.6),
+        ("brave fox near pale river with old moon under lamp", 5.8),
+        ("brave pale old golden fox", 2.6),
+        ("brave brave brave brave brave brave fox", 1),
+        ("brave brave brave brave brave brave brave fox", -0.4),
         ("fox fox fox", 1),
         ("fox near bear", 0),
         ("bear bear", -1),
@@ -110,7 +111,7 @@ def test_the_longest_story_leaves_room_for_the_end_in_sixteen_tokens():
     ],
 )
 def test_quality_by_hand(story, value):
-    assert quality(story) == value
+    assert quality(story) == pytest.approx(value, abs=1e-12)
 
 
 def test_quality_does_not_depend_on_the_order_of_words_or_keywords(stories):
@@ -125,7 +126,7 @@ def test_quality_does_not_depend_on_the_order_of_words_or_keywords(stories):
 def test_written_colour_is_always_gain_and_more_than_three_adjectives_always_loss():
     curve = [quality(" ".join([*ADJECTIVES[:count], *ASKED])) for count in range(8)]
     steps = [after - before for before, after in itertools.pairwise(curve)]
-    assert steps == [1.0, 1.0, 1.0, -2.0, -2.0, -2.0, -2.0]
+    assert steps == pytest.approx([1.0, 0.6, 0.2, -0.2, -0.6, -1.0, -1.4])
 
 
 @pytest.mark.parametrize("noise", [0.5, 2.0])

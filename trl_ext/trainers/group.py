@@ -1,6 +1,5 @@
 """What every trainer over whole groups asks of TRL's options, and where preferences come from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +30,7 @@ class GroupConfig(BaseConfig):
         record_path: folder of the record of what was sampled, scored and trained on.
     """
 
-    judge: str | Callable[..., Any] | None = field(
+    judge: str | None = field(
         default=None,
         metadata={
             "help": "Pairwise judge, callable or 'module:function': (prompts, first, second) -> "
