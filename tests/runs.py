@@ -68,6 +68,13 @@ def texts_of(completions: list) -> list[str]:
     return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
 
 
+def case(value: Any) -> str:
+    """Name of a parametrised case, the same in each process: a function's own has its address."""
+    if isinstance(value, dict):
+        return "-".join(f"{key}={case(part)}" for key, part in value.items()) or "default"
+    return getattr(value, "__name__", str(value))
+
+
 def vowels(completions: list, **_: Any) -> list[float]:
     """Half of a tiny random model's completions earn something: every group has a signal."""
     return [

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import trl
 
-from tests.runs import METHODS, OURS, build, first_letter, settings, vowels
+from tests.runs import METHODS, OURS, build, case, first_letter, settings, vowels
 from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext import (
     GRPOConfig,
@@ -199,7 +199,7 @@ def test_unset_values_of_a_game_are_the_papers(algorithm):
     assert values == unset | PAPER_VALUES[algorithm]
 
 
-@pytest.mark.parametrize(("cls", "options", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("cls", "options", "message"), REFUSED, ids=case)
 def test_refused(cls, options, message):
     with pytest.raises(ValueError, match=message):
         config(cls, **options)

@@ -10,6 +10,7 @@ from tests.runs import (
     Gradients,
     build,
     by_letters,
+    case,
     different,
     parameters,
     speak,
@@ -55,7 +56,7 @@ OF_PAIRS = [
         (OnlineDPOTrainer, {"loss_type": "xpo", "num_generations": 2, "xpo_alpha": 0.0}),
         ALGORITHMS["dno_prct"],
     ],
-    ids=lambda v: "-".join(map(str, v.values())) if isinstance(v, dict) else v.__name__,
+    ids=case,
 )
 def test_nothing_is_learned_from_ties(trainer, options, tmp_path):
     caught = Gradients()

@@ -20,6 +20,7 @@ from tests.runs import (
     TOKENIZER,
     build,
     by_letters,
+    case,
     lacking,
     parameters,
     vowels,
@@ -138,10 +139,6 @@ def plain(tmp_path_factory):
     return {t: parameters(learns(build(t, folder, max_steps=3))) for t in OF_GROUPS}
 
 
-def label(value):
-    return "-".join(f"{v}" for v in value.values()) if isinstance(value, dict) else value.__name__
-
-
 @pytest.mark.parametrize(
     ("trainer", "options"),
     [
@@ -178,7 +175,7 @@ def label(value):
             ]
         ],
     ],
-    ids=label,
+    ids=case,
 )
 def test_each_loss_and_algorithm_learns(trainer, options, plain, tmp_path):
     """Against the plain run each makes a difference of its own: none is silently another one."""
