@@ -57,7 +57,8 @@ def pid_of(sampler: ProcessSampler) -> int:
 
 # Imports once, then forks: each copy is a parent of its own that ends in its own way.
 PARENTS = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 from tests.rollouts.models import PROMPTS, sharp_llama
 from tests.rollouts.test_process import LONG, start
 from trl_ext.rollouts import Request
