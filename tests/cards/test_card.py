@@ -168,3 +168,9 @@ def test_the_check_finds_the_faults_of_a_card_by_hand():
     found = " ".join(card_problems(text))
     for part in ("`library_name`", "`language`", "`trl_ext`", "`licence`", "base_model", "None"):
         assert part in found
+
+
+@pytest.mark.parametrize(("chat", "question"), [(True, '[{"role": "user"'), (False, '"What is')])
+def test_usage_asks_as_the_model_was_trained_to_be_asked(chat, question):
+    text = str(model_card(dataclasses.replace(FULL, usage="", chat=chat)))
+    assert f"question = {question}" in text

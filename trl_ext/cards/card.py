@@ -90,6 +90,7 @@ class CardContent:
         intended_use: What the model is for.
         limitations: What it is not for, and what was not measured.
         usage: Python code that loads and asks the model; built from `model_id` if empty.
+        chat: Whether the model is asked in messages or continues a text.
 
     Raises:
         ValueError: If a field would put a local path, a token or "None" on the card.
@@ -117,6 +118,7 @@ class CardContent:
     intended_use: str = ""
     limitations: str = ""
     usage: str = ""
+    chat: bool = True
 
     def __post_init__(self) -> None:
         if self.base_model is not None and hub_id(self.base_model) != self.base_model:
@@ -230,10 +232,12 @@ def _eval_result(result: Result) -> EvalResult:
 
 
 def _usage(content: CardContent) -> str:
+    asked = "What is 7 times 12?"
+    question = f'[{{"role": "user", "content": "{asked}"}}]' if content.chat else f'"{asked}"'
     return (
         "from transformers import pipeline\n\n"
         f'generator = pipeline("text-generation", model="{content.model_id or content.title}")\n'
-        'question = [{"role": "user", "content": "What is 7 times 12?"}]\n'
+        f"question = {question}\n"
         "answer = generator(question, max_new_tokens=256, return_full_text=False)\n"
         'print(answer[0]["generated_text"])'
     )

@@ -54,6 +54,7 @@ def trainer_card(
         dataset_note="" if dataset else "Made for this run; not on the Hub.",
         tags=tuple(tags),
         library_name="peft" if adapter else "transformers",
+        chat=getattr(trainer.processing_class, "chat_template", None) is not None,
         hyperparameters={**hyperparameters_of(args), **_own_options(args)},
         training=_run_facts(trainer),
         versions=framework_versions(),
