@@ -30,7 +30,7 @@ CARD = {"_name", "_tag_names", "_paper"}  # TRL's model-card attributes are publ
 HOST = set(re.findall(PRIVATE, inspect.getsource(grpo_trainer))) - CARD
 MOST_LINES = 40
 
-ANYWHERE = {"trl_ext.completions", "trl_ext.judges", "trl_ext.resolve"}
+ANYWHERE = {"trl_ext.adapters", "trl_ext.completions", "trl_ext.judges", "trl_ext.resolve"}
 # Floor -> what it may import; the standard library is free. "inside:" only inside a function.
 FLOORS = {
     "objectives": {"torch", "trl_ext.objectives"},

@@ -13,7 +13,6 @@ Dropped from the paper: PPO, which needs a value head.
 Source: Noukhovitch et al., arXiv:2410.18252, sections 3 and 4.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -31,14 +30,17 @@ from rich.progress import track
 from transformers import TrainerCallback
 from world import (
     MOST_TOKENS,
+    NO_END,
+    SMALL,
     Size,
     World,
     fit,
     load_policy,
     make_world,
     measure,
+    options,
     proxy_reward,
-    quieten,
+    set_up_process,
     shared_arguments,
 )
 
@@ -53,7 +55,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 COMPARED = "Online DPO"  # between the schedules
 PROMPTS, SAMPLES = 16, 2  # of a mini-batch, and of each prompt
-NO_END = -3.0  # the proxy gives next to no story less
 SETTLING_ROUNDS = 2  # until the background sampler has started and is a round ahead
 Row = dict[str, Any]
 
@@ -85,7 +86,7 @@ QUICK = Plan(
     compared=(1,),
     timed_rounds=2,
     samples=1,
-    world=Size(written=64, labelled=48, held_out=8, sft_steps=4, proxy_epochs=1),
+    world=SMALL,
 )
 
 
@@ -157,11 +158,6 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
         rows.append(time_row(world, cell, plan.timed_rounds, threads))
     (folder / "asynchronous.json").write_text(json.dumps(rows, indent=1))
     return rows
-
-
-def set_up_process() -> None:
-    quieten()
-    torch.set_num_threads(1)
 
 
 def cells_of(plan: Plan, seeds: Sequence[int]) -> list[Cell]:
@@ -254,12 +250,7 @@ def make_trainer(world: World, cell: Cell, steps: int) -> OnlineDPOTrainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/online_vs_offline"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    given = parser.parse_args()
+    given = options(__doc__).parse_args()
     set_up_process()
     report(study(given.folder, given.seeds, given.quick, given.processes), given.folder)
 

@@ -8,13 +8,13 @@
 
 import argparse
 import time
-from pathlib import Path
 
 import asynchronous
 import asynchronous_report
 import sources
 import sources_report
 from rich.console import Console
+from world import options, set_up_process
 
 STUDIES = {
     "sources": (sources.study, sources_report.report),
@@ -25,7 +25,7 @@ STUDIES = {
 def main() -> None:
     given = parse_options()
     console = Console()
-    sources.set_up_process()
+    set_up_process()
     for name in STUDIES if given.study == "all" else [given.study]:
         study, report = STUDIES[name]
         started = time.perf_counter()
@@ -35,12 +35,8 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--study", choices=[*STUDIES, "all"], default="all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/online_vs_offline"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
     return parser.parse_args()
 
 

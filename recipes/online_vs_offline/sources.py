@@ -18,7 +18,6 @@ by the proxy; how far it has moved; and how well it tells the better of two held
 Source: Tang et al., arXiv:2405.08448, sections 3 to 5.
 """
 
-import argparse
 import json
 import multiprocessing
 import shutil
@@ -36,14 +35,17 @@ from sources_report import report
 from transformers import TrainerCallback
 from world import (
     MOST_TOKENS,
+    NO_END,
+    SMALL,
     Size,
     World,
     fit,
     load_policy,
     make_world,
     measure,
+    options,
     proxy_reward,
-    quieten,
+    set_up_process,
     shared_arguments,
 )
 
@@ -56,7 +58,6 @@ REPLAYS = ("ordered", "blocks", "shuffled")  # of `online`
 BETA, LEARNING_RATE, DRIVEN_LEARNING_RATE = 0.03, 3e-4, 1e-3
 PROMPTS = 16  # of a step; two stories for each
 BLOCK = 30  # steps
-NO_END = -3.0  # the proxy gives next to no story less
 Row = dict[str, Any]
 
 
@@ -81,7 +82,7 @@ QUICK = Plan(
     steps=3,
     measured=(1, 3),
     samples=1,
-    world=Size(written=64, labelled=48, held_out=8, sft_steps=4, proxy_epochs=1),
+    world=SMALL,
 )
 
 
@@ -132,11 +133,6 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
 def _arguments(folder: Path, runs: list[tuple[int, str]], plan: Plan) -> tuple[list, ...]:
     n = len(runs)
     return [folder] * n, [seed for seed, _ in runs], [source for _, source in runs], [plan] * n
-
-
-def set_up_process() -> None:
-    quieten()
-    torch.set_num_threads(1)
 
 
 def start_row(folder: Path, seed: int, _: str, plan: Plan) -> Row:
@@ -213,12 +209,7 @@ def equal_policies(folder: Path, seed: int, *sources: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/online_vs_offline"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    given = parser.parse_args()
+    given = options(__doc__).parse_args()
     set_up_process()
     report(study(given.folder, given.seeds, given.quick, given.processes), given.folder)
 

@@ -5,6 +5,7 @@ stories, the proxy learns from a few labelled pairs which of two stories was pre
 methods ask the proxy. The gold reward labels the pairs and judges the results.
 """
 
+import argparse
 import json
 import logging
 import warnings
@@ -33,6 +34,7 @@ from transformers import (
 from trl_ext import evaluate_preferences, evaluate_win_rate, policy_drift
 from trl_ext.data.stories import demonstrations, keyword_stories, story_quality, vocabulary
 
+NO_END = -3.0  # reward of a story without end: the proxy gives next to no story less
 MOST_TOKENS = 16  # the longest written story has 13 words
 PAIR = ["prompt", "chosen", "rejected"]
 
@@ -65,6 +67,24 @@ class Size:
     held_out: int = 256
     sft_steps: int = 300
     proxy_epochs: int = 4
+
+
+SMALL = Size(written=64, labelled=48, held_out=8, sft_steps=4, proxy_epochs=1)
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """What both studies take on the command line; the first line of `doc` says which it is."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/online_vs_offline"))
+    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
+    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
+    return parser
+
+
+def set_up_process() -> None:
+    quieten()
+    torch.set_num_threads(1)
 
 
 def make_world(folder: Path, seed: int = 0, size: Size | None = None) -> World:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trl_ext.adapters import as_reference
 from trl_ext.evals.sampling import evaluation_mode
 from trl_ext.evals.shares import whole_model
 
@@ -94,27 +95,18 @@ def reference_policy(
 ) -> Iterator[PreTrainedModel]:
     """The reference in evaluation mode: a model of its own, or the policy without its adapter.
 
-    An adapter named "ref" is the reference where there is one: TRL keeps in it what a PEFT policy
-    started from. Gradient flags, which PEFT sets anew with every switch, are given back.
+    Gradient flags, which PEFT sets anew with every switch, are given back.
     """
     if reference is not None:
         reference = whole_model(reference)
         with evaluation_mode(reference):
             yield reference
         return
-    policy: Any = model
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    active = policy.active_adapter
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        if "ref" in policy.peft_config:
-            policy.set_adapter("ref")
-            yield policy
-        else:
-            with policy.disable_adapter():
-                yield policy
+        with as_reference(model):
+            yield model
     finally:
-        if "ref" in policy.peft_config:
-            policy.set_adapter(active)
         for parameter, flag in flags:
             parameter.requires_grad = flag
 

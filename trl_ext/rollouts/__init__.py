@@ -1,9 +1,11 @@
 """Who samples, when, and with which weights: in place, in a process of its own, or on a server."""
 
+from trl_ext.rollouts._inputs import positions
 from trl_ext.rollouts.engine import Request, Rollout, Sampler, SamplerError
 from trl_ext.rollouts.mixture import GeometricMixture
 from trl_ext.rollouts.onestep import OneStepAhead
 from trl_ext.rollouts.process import ProcessSampler
+from trl_ext.rollouts.random_state import random_state, set_random_state
 from trl_ext.rollouts.sampling import Opponent, sample
 from trl_ext.rollouts.scoring import sampled_logps
 from trl_ext.rollouts.server import ServerSampler
@@ -18,6 +20,9 @@ __all__ = [
     "Sampler",
     "SamplerError",
     "ServerSampler",
+    "positions",
+    "random_state",
     "sample",
     "sampled_logps",
+    "set_random_state",
 ]

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from trl_ext.rollouts._channel import Channel
 from trl_ext.rollouts._snapshot import Memory, Models, Place, named_tensors, unpickled_models
 from trl_ext.rollouts.engine import Request, Rollout
+from trl_ext.rollouts.random_state import random_state, set_random_state
 from trl_ext.rollouts.sampling import sample
 from trl_ext.rollouts.scoring import sampled_logps
 
@@ -172,13 +173,8 @@ class Worker:
             torch.manual_seed(request.seed)
         if request.rng_state is None:
             return work(), None
-        device = self.setup.device
-        if device.type == "cpu":
-            torch.set_rng_state(request.rng_state)
-            return work(), torch.get_rng_state()
-        generators = torch.get_device_module(device)
-        generators.set_rng_state(request.rng_state, device)
-        return work(), generators.get_rng_state(device)
+        set_random_state(self.setup.device, request.rng_state)
+        return work(), random_state(self.setup.device)
 
     def _sample(self, request: Request) -> list[list[int]]:
         policy, opponent_model = self.models

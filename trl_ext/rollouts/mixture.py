@@ -1,16 +1,14 @@
 """Sampling from a geometric mixture of two policies, inside one `generate` call."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from trl_ext.adapters import as_reference
 from trl_ext.rollouts._inputs import accepted, positions
-
-REFERENCE_ADAPTER = "ref"  # TRL's name for its frozen copy of an adapter that was trained before
 
 
 class GeometricMixture(LogitsProcessor):
@@ -82,7 +80,7 @@ class GeometricMixture(LogitsProcessor):
         mask = torch.ones_like(input_ids)
         mask[:, : self._prompt_mask.size(1)] = self._prompt_mask
         text = {"position_ids": positions(mask)[:, self._seen :], "logits_to_keep": 1}
-        with _reference_of(self._opponent) if self._shares_weights else nullcontext():
+        with as_reference(self._opponent) if self._shares_weights else nullcontext():
             out = self._opponent(
                 input_ids=input_ids[:, self._seen :],
                 attention_mask=mask,
@@ -93,18 +91,3 @@ class GeometricMixture(LogitsProcessor):
         self._cache = getattr(out, "past_key_values", None) if self._use_cache else None
         self._seen = 0 if self._cache is None else input_ids.size(1)
         return out.logits[:, -1].float()
-
-
-@contextmanager
-def _reference_of(model: Any) -> Iterator[None]:
-    """A PEFT model as TRL takes it for the reference."""
-    if REFERENCE_ADAPTER not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
-    active = model.active_adapter
-    model.set_adapter(REFERENCE_ADAPTER)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)

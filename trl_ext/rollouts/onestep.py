@@ -28,6 +28,12 @@ class OneStepAhead:
         self.sampler = sampler
         self.pending: tuple[Rows, Rollout | None] | None = None
 
+    def now(self, request: Request) -> tuple[Rollout, float]:
+        """No step ahead: the completions of this request, and the seconds spent waiting."""
+        start = time.perf_counter()
+        self.sampler.submit(request)
+        return self.sampler.collect(), time.perf_counter() - start
+
     def exchange(
         self, rows: Rows, request: Callable[[Rows], Request]
     ) -> tuple[Rows, Rollout, float]:

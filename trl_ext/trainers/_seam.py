@@ -15,7 +15,6 @@ import inspect
 import itertools
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -48,7 +47,16 @@ from trl_ext.objectives.reduce import reduce_tokens
 from trl_ext.objectives.scorable import credit_of_scorable
 from trl_ext.objectives.sequence_policy import effective_sample_size
 from trl_ext.resolve import resolve
-from trl_ext.rollouts import OneStepAhead, Opponent, Request, Rollout, sample
+from trl_ext.rollouts import (
+    OneStepAhead,
+    Opponent,
+    Request,
+    Rollout,
+    positions,
+    random_state,
+    sample,
+    set_random_state,
+)
 from trl_ext.runtime.exact_state import (
     load_exact_state,
     load_policy,
@@ -124,7 +132,7 @@ def _number_positions(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, d
     """Forward pre-hook: positions count tokens, not pads, as they do while sampling."""
     mask = kwargs.get("attention_mask")
     if mask is not None and kwargs.get("position_ids") is None and not kwargs.get("use_cache"):
-        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        kwargs["position_ids"] = positions(mask)
     return args, kwargs
 
 
@@ -173,10 +181,14 @@ class ConstructedTrainer(trl.GRPOTrainer):
             if hasattr(callback, "attach"):
                 callback.attach(self)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether no process need hold all of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _refuse_unsupported(self) -> None:
         """What only the built model and its launcher tell."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.args.sync_ref_model and sharded:
+        if self.args.sync_ref_model and self.sharded:
             raise ValueError(
                 "sync_ref_model=True is not supported with FSDP or DeepSpeed: a sharded reference "
                 "is not in the checkpoint, and a resumed run would start from another one. Use DDP."
@@ -411,15 +423,15 @@ class ScheduledTrainer(ResumableTrainer):
             self._ahead.load(state["ahead"])
 
     def _generate_and_score_completions(self, inputs):
+        self._inputs = inputs
         ahead = self.model.training and self.args.schedule == "one_step"
         if ahead:
-            inputs = self._exchange(inputs)
+            self._inputs = self._exchange(inputs)
         elif self.args.schedule == "one_step" and self.use_vllm:
             self._ahead.settle()  # TRL gives the server the weights of now
-        self._inputs = inputs
         version = self._rollout.version if self._rollout else self.state.global_step
         try:
-            output = super()._generate_and_score_completions(inputs)
+            output = super()._generate_and_score_completions(self._inputs)
         finally:
             self._rollout = None
         output["version"] = torch.full_like(output["completion_ids"][:, 0], version)
@@ -433,12 +445,9 @@ class ScheduledTrainer(ResumableTrainer):
     def _exchange(self, inputs: list) -> list:
         """Hands in the prompts of now; leaves in `_rollout` the completions of those it returns."""
         if self.args.max_staleness == 0:
-            start = time.perf_counter()
-            self._ahead.sampler.submit(self._request(inputs, fresh=False))
-            rollout = self._ahead.sampler.collect()
-            waited = time.perf_counter() - start
+            rollout, waited = self._ahead.now(self._request(inputs, fresh=False))
             if rollout.rng_state is not None:
-                self._set_sampling_rng(rollout.rng_state)
+                set_random_state(self.accelerator.device, rollout.rng_state)
         else:
             inputs, rollout, waited = self._ahead.exchange(inputs, self._request)
         self._rollout = own_share(self, rollout)
@@ -455,7 +464,7 @@ class ScheduledTrainer(ResumableTrainer):
         if self.use_vllm:  # which has random numbers of its own
             return Request(gather_object(wanted), self.state.global_step)
         seed = int(torch.randint(2**62, ()).item()) if fresh else None
-        state = None if fresh else self._sampling_rng()
+        state = None if fresh else random_state(self.accelerator.device)
         return Request(
             wanted,
             self.state.global_step,
@@ -531,17 +540,21 @@ class ScheduledTrainer(ResumableTrainer):
             logged.pop()
         logged.extend(all_B.tolist())
 
+    def _own_rows(self, gathered: Tensor, rows: int) -> Tensor:
+        """This process's rows of what was gathered from all."""
+        start = self.accelerator.process_index * rows
+        return gathered[start : start + rows]
+
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
     def _log_staleness(self, inputs: dict) -> None:
         if not self.model.training:
             return
+        # All processes sample a round at the same step: there is nothing to gather.
         age = self.state.global_step - inputs["version"].float()
-        mean = self.accelerator.reduce(age.mean(), reduction="mean").item()
-        oldest = self.accelerator.gather(age.max().reshape(1)).max().item()
-        metrics = self._metrics["train"]
-        metrics["sampling/staleness_mean"].append(mean)
+        metrics, oldest = self._metrics["train"], age.max().item()
+        metrics["sampling/staleness_mean"].append(age.mean().item())
         metrics["sampling/staleness_max"] = [max([oldest, *metrics["sampling/staleness_max"]])]
 
     def _log_drift(self, log_ratio_BT: Tensor, mask_BT: Tensor) -> None:
@@ -552,13 +565,6 @@ class ScheduledTrainer(ResumableTrainer):
         size = effective_sample_size(log_ratio_B).item() / log_ratio_B.numel()
         self._metrics["train"]["sampling/behaviour_drift"].append(log_ratio_B.mean().item())
         self._metrics["train"]["sampling/effective_sample_size"].append(size)
-
-    def _log_kl(self, logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor) -> None:
-        with torch.no_grad():
-            k3_BT = k3(logp_BT, ref_logp_BT)
-            sums = torch.stack([(k3_BT * mask_BT).sum(), mask_BT.sum()])
-            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics[self._mode()]["kl"].append(total / max(count, 1.0))
 
 
 @dataclass(frozen=True)
@@ -633,9 +639,7 @@ class CreditTrainer(ScheduledTrainer):
 
     def _replace_advantages(self, output: dict, credit_B: Tensor) -> None:
         """Local rows into the batch, all rows into the completions table."""
-        rows = output["advantages"].size(0)
-        start = self.accelerator.process_index * rows
-        output["advantages"] = credit_B[start : start + rows]
+        output["advantages"] = self._own_rows(credit_B, output["advantages"].size(0))
         self._show_advantages(credit_B)
 
     def _kl_baseline(self, batch: dict) -> Tensor:
@@ -651,8 +655,7 @@ class CreditTrainer(ScheduledTrainer):
         to_go_TB = kl_to_go(self.accelerator.gather(padded_BT)).T
         groups = to_go_TB.reshape(-1, self.num_generations)
         others_BT = leave_one_out(groups).view_as(to_go_TB).T
-        start = self.accelerator.process_index * B
-        return others_BT[start : start + B, :T]
+        return self._own_rows(others_BT, B)[:, :T]
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         scored = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -690,6 +693,13 @@ class CreditTrainer(ScheduledTrainer):
             sampled_BT = inputs["sampling_per_token_logps"]
             return torch.where(sampled_BT.isnan(), old_BT, sampled_BT)
         return old_BT
+
+    def _log_kl(self, logp_BT: Tensor, ref_logp_BT: Tensor, mask_BT: Tensor) -> None:
+        with torch.no_grad():
+            k3_BT = k3(logp_BT, ref_logp_BT)
+            sums = torch.stack([(k3_BT * mask_BT).sum(), mask_BT.sum()])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics[self._mode()]["kl"].append(total / max(count, 1.0))
 
     def _reduced(self, loss_BT: Tensor, mask_BT: Tensor, inputs: dict) -> Tensor:
         training = self.model.training
@@ -824,7 +834,7 @@ class GroupTrainer(ScheduledTrainer):
         """Keeps the policy of now under a name, in place of what had it before."""
         policy = self.accelerator.unwrap_model(self.model)
         if name not in self.snapshots:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(policy):
+            if self.sharded or is_peft_model(policy):
                 raise ValueError(
                     f"{type(self).__name__} with these options keeps copies of the policy, which "
                     "is not supported with FSDP, DeepSpeed or an adapter. Train all weights, DDP."
@@ -886,19 +896,17 @@ class GroupTrainer(ScheduledTrainer):
             )
 
     def _generate_and_score_completions(self, inputs):
-        self._inputs = inputs
         beta, self.beta, self._unscored = self.beta, 0.0, True
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self.beta, self._unscored = beta, False
         # With schedule="one_step" these are the prompts of the round before.
-        inputs, rows, G = self._inputs, output["completion_ids"].size(0), self.group_size
+        inputs, G = self._inputs, self.group_size
         if "tool_mask" in inputs[0]:
             output["tool_mask"] = recorded_tool_mask(inputs, output["completion_mask"], G)
-        start = self.accelerator.process_index * rows
         truncated_PG = without_eos(output, self.eos_token_ids).view(-1, G)
-        rewards_PG = self._rewards_B[start : start + rows].view(-1, G)
+        rewards_PG = self._own_rows(self._rewards_B, len(inputs)).view(-1, G)
         rewards_PG = self.shaped_rewards(rewards_PG, truncated_PG)
         if self.args.judge == "bradley_terry":
             self._preferences_PGG = bradley_terry(rewards_PG)
@@ -966,13 +974,14 @@ class GroupTrainer(ScheduledTrainer):
         group = Group(logp_PM, ref_PM, old_PM, lengths_PM, inputs)
         loss_P, metrics = self.group_loss(group)
         assert loss_P.shape == (P,), loss_P.shape
+        metrics = {**metrics, "entropy": (entropy_BT, mask_BT)}
         if "ref_logp" in rows:
-            self._log_kl(logp_BT, ref_BT, mask_BT)
+            metrics["kl"] = (k3(now_BT, ref_BT), mask_BT)
         if self.model.training:
             self._log_staleness(inputs)
             if "old_logp" in rows:
                 self._log_drift(logp_BT - old_BT, mask_BT)
-        self._log_means({**metrics, "entropy": (entropy_BT, mask_BT)})
+        self._log_means(metrics)
         loss = loss_P.mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss

@@ -37,14 +37,13 @@ def background_sampler(trainer: Any) -> Sampler:
 
 def refuse_what_a_sampler_lacks(trainer: Any, *, sees_images: bool) -> None:
     """What needs the trainer's own objects cannot be sampled elsewhere."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     refused = {
         "tools": (trainer.tools, "the sampler calls none"),
         "environment_factory": (trainer.environment_factories, "the sampler has no environment"),
         "rollout_func": (trainer.rollout_func, "it samples in the trainer itself"),
         "a vision-language model": (sees_images, "the sampler is sent token ids only"),
         "FSDP or DeepSpeed without vLLM": (
-            sharded and not trainer.use_vllm,
+            trainer.sharded and not trainer.use_vllm,
             "no process holds all the weights that a background sampler needs",
         ),
     }
