@@ -35,7 +35,7 @@ ANYWHERE = {"trl_ext.adapters", "trl_ext.completions", "trl_ext.judges", "trl_ex
 FLOORS = {
     "objectives": {"torch", "trl_ext.objectives"},
     "ops": {"torch", "trl_ext.ops"},
-    "models": {"torch", "transformers", "trl_ext.ops", "trl_ext.models"},
+    "models": {"torch", "transformers", "huggingface_hub", "trl_ext.ops", "trl_ext.models"},
     "rollouts": {"torch", "transformers", "trl_ext.rollouts", "inside:vllm"},
     "rewards": {
         *("torch", "datasets", "trl_ext.rewards"),

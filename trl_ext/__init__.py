@@ -21,6 +21,12 @@ _PUBLIC = {
     "PassAtKConfig": "trl_ext.trainers.pass_at_k",
     "PassAtKTrainer": "trl_ext.trainers.pass_at_k",
     "PreferenceClassifier": "trl_ext.evals",
+    "StickBreakingConfig": "trl_ext.models",
+    "StickBreakingForCausalLM": "trl_ext.models",
+    "StickBreakingModel": "trl_ext.models",
+    "TapaConfig": "trl_ext.models",
+    "TapaForCausalLM": "trl_ext.models",
+    "TapaModel": "trl_ext.models",
     "WinRateEvaluator": "trl_ext.evals",
     "evaluate_generations": "trl_ext.evals",
     "evaluate_preferences": "trl_ext.evals",
@@ -39,6 +45,12 @@ if TYPE_CHECKING:
     from trl_ext.evals import evaluate_preferences as evaluate_preferences
     from trl_ext.evals import evaluate_win_rate as evaluate_win_rate
     from trl_ext.evals import policy_drift as policy_drift
+    from trl_ext.models import StickBreakingConfig as StickBreakingConfig
+    from trl_ext.models import StickBreakingForCausalLM as StickBreakingForCausalLM
+    from trl_ext.models import StickBreakingModel as StickBreakingModel
+    from trl_ext.models import TapaConfig as TapaConfig
+    from trl_ext.models import TapaForCausalLM as TapaForCausalLM
+    from trl_ext.models import TapaModel as TapaModel
     from trl_ext.trainers.grpo import GRPOConfig as GRPOConfig
     from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig

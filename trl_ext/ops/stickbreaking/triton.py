@@ -23,15 +23,24 @@ and their bf16 buffers.
 # pyright: reportOperatorIssue=false
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "implementation='triton' needs the package triton, which is not installed: install it, or "
+        "use 'chunked', which computes the same on any device."
+    ) from error
 
 from trl_ext.ops._shapes import Layout
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCRATCH = 256 * 2**20
 SEGMENT = 512  # keys of a program that decodes
 TILES_PER_LOOK = 4  # tiles between two looks at whether the sticks are used up
@@ -68,19 +77,17 @@ def stickbreaking(
 
 
 class _Blocks(NamedTuple):
-    """Queries and keys of a tile, and how the compiler is to spread it."""
+    """Queries and keys of a tile in the backward pass, whose kernels share what they keep."""
 
     queries: int
     keys: int
-    warps: int
-    stages: int
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor) -> "_Blocks":
         wide = max(q.size(3), v.size(3))
         if q.dtype == torch.float32:
-            return cls(32, 32, 4, 2) if wide > 64 else cls(64, 32, 4, 2)
-        return cls(64, 32, 4, 2) if wide > 128 else cls(64, 64, 4, 3)
+            return cls(32, 32) if wide > 64 else cls(64, 32)
+        return cls(64, 32) if wide > 128 else cls(64, 64)
 
 
 def _width(x: Tensor) -> int:
@@ -107,9 +114,8 @@ def _forward(
     segments = triton.cdiv(query_offset + 1, SEGMENT) if decodes else 1
     output = q.new_empty(segments, B, heads, rows, Dv, dtype=torch.float32 if decodes else v.dtype)
     log_stick = q.new_empty(segments, B, heads, rows, dtype=torch.float32)
-    block = _Blocks.of(q, v)
-    queries = min(block.queries, max(16, triton.next_power_of_2(rows)))
-    _forward_kernel[(triton.cdiv(rows, queries), B * heads, segments)](
+    kernel = _decoding if decodes else _prefill
+    kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]), B * heads, segments)](
         *(q, k, v, first_key_BT, real_BT, output, log_stick),
         *(scale * math.log2(math.e), heads, heads // Hkv, rows, Tk, query_offset, D, Dv, B * heads),
         STEP=0 if decodes else 1,
@@ -117,13 +123,9 @@ def _forward(
         STRICT=not attend_current,
         HAS_FIRST=first_key_BT is not None,
         HAS_REAL=real_BT is not None,
-        BLOCK_M=queries,
-        BLOCK_N=block.keys,
         BLOCK_D=_width(q),
         BLOCK_DV=_width(v),
         LOOK=TILES_PER_LOOK,
-        num_warps=block.warps,
-        num_stages=block.stages,
     )
     if not decodes:
         return output[0], _length(log_stick[0])
@@ -170,8 +172,6 @@ def _backward(
         "BLOCK_M": block.queries,
         "BLOCK_N": block.keys,
         "BLOCK_D": _width(q),
-        "num_warps": block.warps,
-        "num_stages": block.stages,
     }
     scale2 = scale * math.log2(math.e)
     for start in range(0, whole, blocks):
@@ -216,6 +216,21 @@ def _differentiate(ctx: Any, d_output: Tensor, d_remainder: Tensor) -> tuple[Ten
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _configs(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
+    """Queries and keys of a tile, warps and stages to try."""
+    if INTERPRETED:  # a small tile, so that small shapes have several of them
+        choices = ((min(32, choices[0][0]), 32, 4, 1),)
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in choices
+    ]
+
+
+def _spreads(*choices: tuple[int, int]) -> list[triton.Config]:
+    """Warps and stages to try."""
+    return [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in choices]
 
 
 @triton.jit
@@ -333,6 +348,18 @@ def _forward_kernel(
     tl.store(Stick + at + rows, stick, mask=inside)
 
 
+_WIDTHS = ["BLOCK_D", "BLOCK_DV"]
+_prefill = triton.autotune(
+    _configs((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 4, 2)),
+    key=_WIDTHS,
+)(_forward_kernel)
+_decoding = triton.autotune(
+    _configs((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 2)),
+    key=_WIDTHS,
+)(_forward_kernel)
+
+
+@triton.autotune(_spreads((4, 2), (4, 3), (8, 3)), key=["BLOCK_D"])
 @triton.jit
 def _sticks_kernel(
     Q, K, First, Real, Stick, Oldest,
@@ -368,6 +395,7 @@ def _sticks_kernel(
     tl.store(Oldest + bh * blocks + block, tile)
 
 
+@triton.autotune(_spreads((4, 2), (4, 3), (8, 2)), key=_WIDTHS)
 @triton.jit
 def _queries_kernel(
     Q, K, V, First, Real, dO, Left, Stick, Older, Oldest, dQ,
@@ -416,6 +444,7 @@ def _queries_kernel(
     )
 
 
+@triton.autotune(_spreads((4, 2), (4, 3), (8, 2)), key=_WIDTHS, restore_value=["dK", "dV"])
 @triton.jit
 def _keys_kernel(
     Q, K, V, First, Real, dO, Stick, Older, Oldest, dK, dV,

@@ -19,9 +19,16 @@ import os
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(
+        "implementation='triton' needs the package triton, which is not installed: install it, or "
+        "use 'chunked', which computes the same on any device."
+    ) from error
 
 from trl_ext.ops._shapes import Layout
 

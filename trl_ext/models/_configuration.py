@@ -1,0 +1,85 @@
+"""What the configurations of both models share: Llama's fields, without those of RoPE."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class DecoderConfig(PreTrainedConfig):
+    """A Llama-family decoder whose attention brings its own sense of position.
+
+    Raises:
+        ValueError: the sizes of the heads do not fit together, or a dropout of attention weights is
+            asked for, which neither paper defines.
+    """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._check_width()
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            # Llama's rule: 8/3 of the width, rounded up to whole tiles of the matrix units.
+            self.intermediate_size = 64 * -(-8 * self.hidden_size // (3 * 64))
+        self._check_heads()
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} is not defined for the attention of "
+                f"{self.model_type!r}: neither paper drops weights. Set it to 0."
+            )
+        super().__post_init__(**kwargs)
+
+    def _check_width(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size="
+                f"{self.hidden_size}: choose a divisor, or set head_dim."
+            )
+
+    def _check_heads(self) -> None:
+        heads = self.num_key_value_heads
+        if not heads or self.num_attention_heads % heads:
+            raise ValueError(
+                f"num_key_value_heads={heads} does not divide num_attention_heads="
+                f"{self.num_attention_heads}: choose a divisor, so that each key head serves the "
+                "same number of query heads."
+            )
