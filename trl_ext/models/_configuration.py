@@ -1,9 +1,19 @@
 """What the configurations of both models share: Llama's fields, without those of RoPE."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+TENSOR_PARALLEL_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
 
 
 @strict
@@ -15,17 +25,9 @@ class DecoderConfig(PreTrainedConfig):
             asked for, which neither paper defines.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = TENSOR_PARALLEL_PLAN
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -67,6 +69,12 @@ class DecoderConfig(PreTrainedConfig):
                 f"{self.model_type!r}: neither paper drops weights. Set it to 0."
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """H, Hkv and D."""
+        assert self.num_key_value_heads and self.head_dim
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
     def _check_width(self) -> None:
         if self.hidden_size % self.num_attention_heads:

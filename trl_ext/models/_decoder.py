@@ -24,9 +24,9 @@ class DecoderAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        inner = config.num_attention_heads * self.head_dim
-        keys = config.num_key_value_heads * self.head_dim
+        heads, key_heads, self.head_dim = config.heads
+        self.config, self.layer_idx = config, layer_idx
+        inner, keys = heads * self.head_dim, key_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
@@ -103,10 +103,10 @@ class DecoderPreTrainedModel(PreTrainedModel):
     config: DecoderConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, type]] = {
+    _can_record_outputs = {
         "hidden_states": DecoderLayer,
         "attentions": DecoderAttention,
     }
@@ -192,10 +192,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
     model_class: ClassVar[type[DecoderModel]]
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
-    _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)

@@ -1,10 +1,10 @@
 """The configuration of stick-breaking models."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from trl_ext.models._configuration import DecoderConfig
+from trl_ext.models._configuration import TENSOR_PARALLEL_PLAN, DecoderConfig
 
 
 @strict
@@ -26,8 +26,8 @@ class StickBreakingConfig(DecoderConfig):
     """
 
     model_type = "stickbreaking"
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        **DecoderConfig.base_model_tp_plan,
+    base_model_tp_plan = {
+        **TENSOR_PARALLEL_PLAN,
         # Parameters with a row per head; each process has those of its own heads.
         "layers.*.self_attn.remainder_bias": "colwise",
         "layers.*.self_attn": "local_params",

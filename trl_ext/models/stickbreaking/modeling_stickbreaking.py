@@ -40,11 +40,11 @@ class StickBreakingAttention(DecoderAttention):
 
     def __init__(self, config: StickBreakingConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        heads = (config.num_attention_heads, self.head_dim)
+        H, _, D = config.heads
         # Names with "bias" and "norm" keep Trainer's weight decay away from both, as in the paper.
-        bias = torch.zeros(heads) if config.remainder == "bias" else None
+        bias = torch.zeros(H, D) if config.remainder == "bias" else None
         self.remainder_bias = None if bias is None else nn.Parameter(bias)
-        self.head_norm = HeadRMSNorm(*heads, config.rms_norm_eps) if config.head_norm else None
+        self.head_norm = HeadRMSNorm(H, D, config.rms_norm_eps) if config.head_norm else None
 
     def attend(
         self,
@@ -77,7 +77,7 @@ class StickBreakingAttention(DecoderAttention):
 class StickBreakingPreTrainedModel(DecoderPreTrainedModel):
     """What transformers asks of the model's classes."""
 
-    config: StickBreakingConfig
+    config_class = StickBreakingConfig
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -34,12 +34,13 @@ class TapaConfig(DecoderConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        amplitude = self.amplitude_fraction * self.head_dim
-        if not (0 < amplitude < self.head_dim and amplitude == round(amplitude)):
+        width = self.heads[2]
+        amplitude = self.amplitude_fraction * width
+        if not (0 < amplitude < width and math.isclose(amplitude, round(amplitude))):
             raise ValueError(
-                f"amplitude_fraction={self.amplitude_fraction} of head_dim={self.head_dim} does not"
+                f"amplitude_fraction={self.amplitude_fraction} of head_dim={width} does not"
                 " split it into two parts: choose it so that their product is a whole number from "
-                f"1 to {self.head_dim - 1}, as 0.5 does for an even width."
+                f"1 to {width - 1}, as 0.5 does for an even width."
             )
         if not 0 < self.phase_alpha < math.inf:
             raise ValueError(

@@ -51,7 +51,7 @@ class TapaAttention(DecoderAttention):
 class TapaModel(DecoderModel):
     """TAPA without a head: tokens `(B, T)` to hidden states `(B, T, hidden_size)`."""
 
-    config: TapaConfig
+    config_class = TapaConfig
     attention_class = TapaAttention
 
 
@@ -62,11 +62,11 @@ class TapaForCausalLM(DecoderForCausalLM):
     weight decay.
     """
 
-    config: TapaConfig
+    config_class = TapaConfig
     model_class = TapaModel
 
 
 class TapaForSequenceClassification(DecoderForSequenceClassification):
     """TAPA with a score per class on the last token, for reward models."""
 
-    config: TapaConfig
+    config_class = TapaConfig
