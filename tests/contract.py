@@ -1,4 +1,4 @@
-"""What the seam takes for granted of TRL and transformers, collected and recorded.
+"""What the seam and the models take for granted of TRL and transformers, collected and recorded.
 
 `python -m tests.contract` rewrites `contract.json`; run it after you have re-read what the failing
 test names, never before.
@@ -18,19 +18,21 @@ from typing import Any
 import transformers
 import trl
 
-from tests.sources import SEAM, docstring_node
+from tests.sources import DECODER, SEAM, docstring_node
 
 RECORD = Path(__file__).with_name("contract.json")
 HOST = trl.GRPOTrainer
+HOSTS = ("trl.", "transformers.")
 
 
 def contract() -> dict[str, Any]:
     """All that is recorded, as it is in the installed versions."""
-    seam = ast.parse(SEAM.read_text(encoding="utf-8"))
+    seam, decoder = (ast.parse(path.read_text(encoding="utf-8")) for path in (SEAM, DECODER))
+    inside = used_imports(seam) | used_imports(decoder)
     return {
         "versions": {"trl": trl.__version__, "transformers": transformers.__version__},
         "members": {name: member(name) for name in sorted(used_members(seam))},
-        "imports": {f"{m}.{n}": imported(m, n) for m, n in sorted(used_imports(seam))},
+        "imports": {f"{m}.{n}": imported(m, n) for m, n in sorted(inside)},
         "defaults": defaults(),
     }
 
@@ -50,17 +52,17 @@ def used_members(seam: ast.Module) -> set[str]:
     return {"__init__"} | overridden | {n for n in read if hasattr(HOST, n) or assigned_in(n)}
 
 
-def used_imports(seam: ast.Module) -> set[tuple[str, str]]:
-    """Names imported from inside TRL, and what is reached through an imported module of it."""
+def used_imports(source: ast.Module) -> set[tuple[str, str]]:
+    """Names imported from inside a host, and what is reached through an imported module of it."""
     found, modules = set(), {}
-    for node in ast.walk(seam):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
+    for node in ast.walk(source):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(HOSTS):
             for alias in node.names:
                 if inspect.ismodule(resolve(node.module, alias.name)):
                     modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
                 else:
                     found.add((node.module, alias.name))
-    for node in ast.walk(seam):
+    for node in ast.walk(source):
         home = modules.get(getattr(getattr(node, "value", None), "id", ""))
         if home and isinstance(node, ast.Attribute):
             found.add((home, node.attr))
@@ -168,9 +170,9 @@ def option_sentence(name: str, was: str | None, is_: str | None) -> str:
 
 def sentence(name: str, was: dict[str, str] | None, is_: dict[str, str] | None) -> str:
     if was is None:
-        return f"{name} is used by the seam and not recorded: read it, then record"
+        return f"{name} is used and not recorded: read it, then record"
     if is_ is None:
-        return f"{name} is recorded, but the seam no longer uses it or the host lost it"
+        return f"{name} is recorded, but no longer used, or the host lost it"
     home = is_.get("owner", is_.get("assigned in", ""))
     if was.get("signature") != is_.get("signature"):
         change = f"signature {was.get('signature')} became {is_.get('signature')}"

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_ext"
 SEAM = PACKAGE / "trainers" / "_seam.py"
+DECODER = PACKAGE / "models" / "_decoder.py"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 
 
