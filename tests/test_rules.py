@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import trl
+from transformers import PreTrainedConfig
 from trl.trainer import grpo_trainer
 
 import trl_ext
@@ -225,7 +226,12 @@ def test_trainers_name_themselves_on_the_card(name):
     assert set(trainer._paper) == {"title", "id", "citation"}
 
 
-@pytest.mark.parametrize("name", public_names("Config"))
+TRAINERS = {name.removesuffix("Trainer") for name in public_names("Trainer")}
+CONFIGS = [name for name in public_names("Config") if name.removesuffix("Config") in TRAINERS]
+MODEL_CONFIGS = [name for name in public_names("Config") if name not in CONFIGS]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_added_options_explain_themselves(name):
     config = getattr(trl_ext, name)
     assert issubclass(config, trl.GRPOConfig)
@@ -235,6 +241,16 @@ def test_added_options_explain_themselves(name):
             text = field.metadata.get("help", "")
             source = re.search(r"\d{4}\.\d{5}|[Ss]ection \d|[Ee]q(\.|uation) ?\(?\d", text)
             assert source, f"{name}.{field.name}: the help names no paper, section or equation"
+
+
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+def test_model_options_explain_themselves(name):
+    config = getattr(trl_ext, name)
+    assert issubclass(config, PreTrainedConfig)
+    shared = {field.name for field in dataclasses.fields(config.__mro__[1])}
+    own = {field.name for field in dataclasses.fields(config)} - shared
+    assert own and all(f" {field}: " in config.__doc__ for field in own), own
+    assert re.search(r"Source: arXiv:\d{4}\.\d{5}", config.__doc__)
 
 
 def test_readme_is_true():
