@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 
 from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext import (
+    AGROConfig,
+    AGROTrainer,
     GRPOConfig,
     GRPOTrainer,
     MajorityVoteConfig,
@@ -47,6 +49,7 @@ METHODS: dict[type, tuple[type, dict[str, Any]]] = {
     ),
     OnlineDPOTrainer: (OnlineDPOConfig, {"beta": 0.1}),
     NashTrainer: (NashConfig, {"algorithm": "nash_md", "judge": "bradley_terry", "beta": 0.1}),
+    AGROTrainer: (AGROConfig, {"beta": 0.1}),
 }
 OURS = list(METHODS)
 OF_GROUPS = [trainer for trainer in OURS if issubclass(trainer, GroupTrainer)]
@@ -114,7 +117,8 @@ def build(trainer: type, folder: Any, *, model: Any = None, arguments=None, **op
     given = {"processing_class": TOKENIZER, "train_dataset": tiny_prompts(16), **(arguments or {})}
     options = {**own, **options}
     judged = options.get("judge") not in (None, "bradley_terry")
-    scored = not judged and options.get("pair_source", "online") == "online"
+    source = options.get("pair_source", options.get("data_source", "online"))
+    scored = not judged and source in ("online", "mixed")
     return trainer(
         tiny_llama(len(TOKENIZER)) if model is None else model,
         given.pop("reward_funcs", vowels if scored else None),

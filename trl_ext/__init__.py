@@ -8,6 +8,8 @@ __version__ = "0.1.0.dev0"
 # Python runs this file before any `trl_ext.objectives...`, so one eager import here would end the
 # purity of that floor. One line per method: public name -> the module that defines it.
 _PUBLIC = {
+    "AGROConfig": "trl_ext.trainers.agro",
+    "AGROTrainer": "trl_ext.trainers.agro",
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
     "GenerationEvaluator": "trl_ext.evals",
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from trl_ext.models import TapaConfig as TapaConfig
     from trl_ext.models import TapaForCausalLM as TapaForCausalLM
     from trl_ext.models import TapaModel as TapaModel
+    from trl_ext.trainers.agro import AGROConfig as AGROConfig
+    from trl_ext.trainers.agro import AGROTrainer as AGROTrainer
     from trl_ext.trainers.grpo import GRPOConfig as GRPOConfig
     from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig

@@ -1,4 +1,4 @@
-"""Where pairs come from, if not from sampling: a preference dataset, or the record of a run."""
+"""Where completions come from, if not from sampling: a dataset, or the record of a run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def given_completions(
     if source == "online":
         return None
     if source == "replay":
-        return _recorded_completions(rows, G)
+        return recorded_pairs(rows, G)
     given: list[list[int] | None] = []
     for i, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True)):
         column = {0: "chosen", 1: "rejected"}.get(i % G)
@@ -48,16 +48,30 @@ def given_completions(
     return given
 
 
-def _recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
-    if "completion_ids" not in rows[0]:
-        raise ValueError(
-            "train_dataset is no record: pair_source='replay' reads what a run with record_path "
-            f"wrote, see trl_ext.data.load_record; got columns {sorted(rows[0])}."
-        )
-    if "selected_chosen" not in rows[0]:
+def recorded_pairs(rows: Rows, G: int) -> list[list[int] | None]:
+    """Token ids that a run recorded, if it compared pairs.
+
+    Raises:
+        ValueError: it is no record, one without pairs, or one with other groups.
+    """
+    if "completion_ids" in rows[0] and "selected_chosen" not in rows[0]:
         raise ValueError(
             "train_dataset is the record of a run without pairs, as of a policy gradient: it says "
             "not who was chosen. Record a run whose loss compares pairs."
+        )
+    return recorded_completions(rows, G)
+
+
+def recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
+    """Token ids that a run recorded.
+
+    Raises:
+        ValueError: it is no record, or one with other groups.
+    """
+    if "completion_ids" not in rows[0]:
+        raise ValueError(
+            "train_dataset is no record: 'replay' reads what a run with record_path wrote, see "
+            f"trl_ext.data.load_record; got columns {sorted(rows[0])}."
         )
     recorded = len(rows[0]["completion_ids"])
     if recorded != G:
@@ -66,6 +80,59 @@ def _recorded_completions(rows: Rows, G: int) -> list[list[int] | None]:
             f"were trained on. Set num_generations={recorded} and scale the batch size likewise."
         )
     return [list(row["completion_ids"][i % G]) for i, row in enumerate(rows)]
+
+
+def listed_completions(
+    rows: Rows,
+    prompt_ids: list,
+    G: int,
+    tokenizer: Any,
+    template: dict[str, Any],
+    *,
+    everyone: bool,
+) -> list[list[int] | None]:
+    """Token ids of the column `completions`, None where the list has ended and one is sampled.
+
+    Args:
+        rows, prompt_ids, G, tokenizer, template: as in `given_completions`.
+        everyone: the list must fill the group.
+
+    Raises:
+        ValueError: there is no such column, or a list is too long, or too short for `everyone`.
+    """
+    given: list[list[int] | None] = []
+    for i, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True)):
+        listed, place = _listed(row, "completions", G, everyone=everyone), i % G
+        completion = listed[place] if place < len(listed) else None
+        given.append(
+            None
+            if completion is None
+            else completion_token_ids(tokenizer, row["prompt"], completion, ids, template)
+        )
+    return given
+
+
+def listed_scores(rows: Rows, G: int) -> list[float | None]:
+    """The column `scores`, one number per completion; None or NaN where there is none.
+
+    Raises:
+        ValueError: there is no such column, or its lists do not fill the groups.
+    """
+    return [_listed(row, "scores", G, everyone=True)[i % G] for i, row in enumerate(rows)]
+
+
+def _listed(row: dict[str, Any], column: str, G: int, *, everyone: bool) -> list:
+    if column not in row:
+        raise ValueError(
+            f"train_dataset has no column {column!r}, a list per prompt: got {sorted(row)}."
+        )
+    n = len(row[column])
+    if n > G or (everyone and n < G):
+        raise ValueError(
+            f"{column!r} lists {n} for the prompt {str(row['prompt'])[:60]!r} with num_generations="
+            f"{G}: list {G} per prompt" + ("." if everyone else " at most; the rest is sampled.")
+        )
+    return row[column]
 
 
 def given_scores(source: str, rows: Rows, G: int) -> list[float | None]:

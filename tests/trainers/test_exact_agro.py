@@ -1,0 +1,100 @@
+"""Through the trainer, AGRO has its definition's expected gradient, whoever wrote the groups."""
+
+import pytest
+import torch
+
+from tests.exact import (
+    COMPLETIONS,
+    EOS,
+    PROMPTS,
+    Enumeration,
+    assert_same_gradient,
+    gradient_of,
+    group_settings,
+    law_of,
+    sequence_kl,
+    sequence_logps,
+    table,
+    table_of,
+)
+from trl_ext import AGROConfig, AGROTrainer
+
+POLICY, REFERENCE, OTHER = table(1), table(2), table(3)
+BETA = 0.5
+REWARDS = dict(zip(COMPLETIONS, [0.1, 1.0, 0.25, 0.5, -0.5, 0.75, 2.0], strict=True))
+REWARD_C = torch.tensor(list(REWARDS.values())).double()
+FOREIGN = law_of(OTHER)
+OPTIMUM = (sequence_logps(REFERENCE) + REWARD_C / BETA).softmax(0)
+
+
+def run(folder, *, policy=POLICY, rewards=REWARDS, laws=None, sampler=None, **options):
+    options = group_settings(**{"beta": BETA, **options})
+    case = Enumeration(
+        AGROTrainer,
+        lambda f: AGROConfig(f, **options),
+        policy,
+        REFERENCE,
+        PROMPTS[0],
+        rewards.__getitem__,
+        sampler,
+        laws,
+    )
+    return case.expected_gradient(str(folder))
+
+
+def returns(weights):
+    return REWARD_C - BETA * (sequence_logps(weights) - sequence_logps(REFERENCE))
+
+
+def half_variance(weights, law_C):
+    """½ Var_law(R) / β; differentiated in R, and in the law where it depends on the weights."""
+    R_C = returns(weights)
+    return (law_C * (R_C - law_C @ R_C).square()).sum() / (2 * BETA)
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_on_foreign_completions_it_is_the_variance(G, tmp_path):
+    actual = run(tmp_path, laws=[FOREIGN] * G, num_generations=G)
+    assert_same_gradient(actual, gradient_of(lambda w: half_variance(w, FOREIGN), POLICY))
+
+
+def test_on_fresh_samples_it_is_the_regularised_objective(tmp_path):
+    def objective(weights):
+        return BETA * sequence_kl(weights, REFERENCE, PROMPTS[0]) - law_of(weights) @ REWARD_C
+
+    assert_same_gradient(run(tmp_path), gradient_of(objective, POLICY))
+
+
+def test_on_stale_samples_it_is_the_variance_under_the_old_law(tmp_path):
+    """No ratio to the policy that sampled: with one, the law would be the policy's."""
+    actual = run(tmp_path, sampler=OTHER, num_iterations=2)
+    assert_same_gradient(actual, gradient_of(lambda w: half_variance(w, FOREIGN), POLICY))
+
+
+def test_a_group_of_two_origins(tmp_path):
+    """One completion from elsewhere, one of the policy: half the squared difference of returns."""
+    own = law_of(POLICY)
+
+    def objective(weights):
+        R_C = returns(weights)
+        square_CC = (R_C[:, None] - R_C[None, :]).square()
+        return (FOREIGN[:, None] * own[None, :] * square_CC).sum() / (4 * BETA)
+
+    actual = run(tmp_path, laws=[FOREIGN, own])
+    assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_full_differentiates_the_law_too(G, tmp_path):
+    actual = run(tmp_path, mode="full", num_generations=G)
+    assert_same_gradient(actual, gradient_of(lambda w: half_variance(w, law_of(w)), POLICY))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_at_the_optimum_each_group_has_gradient_zero(mode, tmp_path):
+    optimum = table_of(OPTIMUM)
+    assert (law_of(optimum) - OPTIMUM).abs().max() < 1e-12
+    rare = torch.tensor([float(c == (EOS,)) for c in COMPLETIONS], dtype=torch.float64)
+    for i, laws in enumerate(([OPTIMUM] * 2, [rare, FOREIGN])):
+        gradient = run(tmp_path / str(i), policy=optimum, laws=laws, mode=mode)
+        assert gradient.abs().max() < 1e-6

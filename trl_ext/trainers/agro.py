@@ -1,0 +1,164 @@
+"""AGRO: rewards with a KL, learned from completions of any origin by one loss.
+
+| `data_source` | who wrote the completions                  | who scored them             |
+|---------------|--------------------------------------------|-----------------------------|
+| `"online"`    | the policy, fresh or stale                 | reward functions or a judge |
+| `"offline"`   | the column `completions`, a list per row   | the column `scores`         |
+| `"mixed"`     | that column first, then the policy         | reward functions or a judge |
+| `"replay"`    | the record of an earlier run               | the record                  |
+
+The loss of a group is half the variance of R = r − β log π/ref over its completions, divided by β,
+with the log-ratios of the policy of now at every optimizer step. No importance ratio, no clip and
+no normaliser stands in it: at its optimum, π* ∝ ref · exp(r/β), the gradient of every group is 0,
+whatever policy it came from, so that sampling with a temperature, `top_p` or stale weights costs no
+exactness. `mode="full"` differentiates the law of the samples as well, and needs fresh ones of the
+policy itself.
+
+CoPG (2406.19185) has the same gradient. TOPR (2503.14286) differs by a function: override
+`group_loss` with `topr_loss` of `trl_ext.objectives.agro`, and `uses_old_logp`.
+"""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trl_ext.objectives.agro import agro_full_loss, agro_loss, regularised_reward
+from trl_ext.objectives.sequence_policy import leave_one_out_advantage
+from trl_ext.trainers._seam import GroupTrainer
+from trl_ext.trainers.base import refuse_ignored, refuse_truncated_sampling, refuse_unknown
+from trl_ext.trainers.group import GroupConfig
+from trl_ext.trainers.group_rows import Group, Metrics, Selection
+from trl_ext.trainers.pair_sources import listed_completions, listed_scores, recorded_completions
+
+TANG_2025 = {
+    "title": "RL-finetuning LLMs from on- and off-policy data with a single algorithm",
+    "id": "2503.19612",
+    "citation": textwrap.dedent("""\
+        @article{tang2025rl,
+            title  = {{RL-finetuning LLMs from on- and off-policy data with a single algorithm}},
+            author = {Yunhao Tang and Taco Cohen and David W. Zhang and Michal Valko and others},
+            year   = 2025,
+            eprint = {arXiv:2503.19612},
+        }"""),
+}
+CHOICES = {
+    "mode": ("frozen", "full"),
+    "data_source": ("online", "offline", "mixed", "replay"),
+}
+
+
+@dataclass
+class AGROConfig(GroupConfig):
+    """Configuration of [`AGROTrainer`].
+
+    Args:
+        beta: weight of the KL to the reference; the paper's value is not known.
+        mode: whether the law of the samples is differentiated.
+        data_source: see `trl_ext.trainers.agro`.
+    """
+
+    beta: float = field(
+        default=0.05,
+        metadata={"help": "β > 0, the weight of the KL to the reference (arXiv:2503.19612)."},
+    )
+    mode: str = field(
+        default="frozen",
+        metadata={
+            "help": "'frozen': the variance over completions as they are, of any origin. 'full': "
+            "the law of the policy's own fresh samples is differentiated too (arXiv:2503.19612)."
+        },
+    )
+    data_source: str = field(
+        default="online",
+        metadata={
+            "help": "'online' samples; 'offline' takes the columns completions and scores; 'mixed' "
+            "fills a group that begins with the column completions; 'replay' takes the record of "
+            "an earlier run (arXiv:2503.19612)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unknown(self, CHOICES)
+        refuse_ignored(self, ["loss_type", "epsilon"], "the loss has no ratio and nothing to clip")
+        if self.beta <= 0:
+            raise ValueError(
+                f"beta={self.beta} must be positive: without a KL every constant reward is an "
+                "optimum of the variance. For rewards alone use trl_ext.GRPOTrainer."
+            )
+        if self.mode == "full":
+            self._check_full()
+        if self.data_source in ("offline", "replay"):
+            what = f"data_source={self.data_source!r} samples nothing"
+            refuse_ignored(self, ["judge", "schedule"], what)
+
+    def _check_full(self) -> None:
+        if self.data_source != "online" or self.schedule != "sync" or self.steps_per_round > 1:
+            raise ValueError(
+                f"mode='full' with data_source={self.data_source!r}, schedule={self.schedule!r} "
+                f"and {self.steps_per_round} optimizer steps per round: it differentiates the law "
+                "of the samples, which must be the policy's of now. Use data_source='online', "
+                "schedule='sync', num_iterations=1 and steps_per_generation="
+                "gradient_accumulation_steps, or mode='frozen'."
+            )
+        refuse_truncated_sampling(self, "mode='full'")
+        self.refuse_tempered("mode='full'")
+
+    @property
+    def score_name(self) -> str | None:
+        recorded = self.data_source in ("offline", "replay")
+        return "recorded" if recorded else super().score_name
+
+    @property
+    def other_writer(self) -> str | None:
+        return None if self.data_source == "online" else f"data_source={self.data_source!r}"
+
+
+class AGROTrainer(GroupTrainer):
+    """Any-generation reward optimisation. See this module's table."""
+
+    config_class = AGROConfig
+    _tag_names = ["trl", "trl_ext", "agro"]
+    _name = "AGRO"
+    _paper = TANG_2025
+
+    def given_completions(self, inputs, prompt_ids):
+        if self.args.data_source == "online":
+            return None
+        if self.args.data_source == "replay":
+            return recorded_completions(inputs, self.group_size)
+        known = (inputs, prompt_ids, self.group_size, self.processing_class)
+        everyone = self.args.data_source == "offline"
+        return listed_completions(*known, self.chat_template_kwargs, everyone=everyone)
+
+    def given_scores(self, inputs):
+        if self.args.data_source == "replay":
+            return [row["rewards"][i % self.group_size] for i, row in enumerate(inputs)]
+        if self.args.data_source == "offline":
+            return listed_scores(inputs, self.group_size)
+        return []
+
+    def select(self, rewards_PG, preferences_PGG, rows) -> Selection:
+        index_PG = torch.arange(rewards_PG.size(1), device=rewards_PG.device).expand_as(rewards_PG)
+        return Selection(index_PG, {}, leave_one_out_advantage(rewards_PG))
+
+    def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
+        return group_loss(self.args, group)
+
+
+def group_loss(args: AGROConfig, group: Group) -> tuple[Tensor, Metrics]:
+    """`(P,)`: the mean loss of each prompt's completions, and what is logged of their returns."""
+    rewards_PM = group.stored["rewards"].to(group.logp_PM.dtype)
+    R_PM = regularised_reward(rewards_PM, group.logp_PM, group.ref_logp_PM, args.beta)
+    if args.mode == "full":
+        loss_PM = agro_full_loss(R_PM, group.logp_PM, args.beta)
+    else:
+        loss_PM = agro_loss(R_PM, group.logp_PM)
+    scored_PM = 1.0 - R_PM.isnan().to(R_PM.dtype)
+    away_PM = leave_one_out_advantage(R_PM) * R_PM.nan_to_num()  # its mean is R's variance
+    return loss_PM.mean(1), {
+        "return": (R_PM.nan_to_num(), scored_PM),
+        "return_variance": (away_PM.mean(1), torch.ones_like(away_PM[:, 0])),
+    }
