@@ -5,6 +5,7 @@ import pytest
 from tests.runs import OURS, build
 from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext import (
+    AGROTrainer,
     GRPOTrainer,
     MajorityVoteTrainer,
     NashTrainer,
@@ -36,6 +37,7 @@ OBJECTIVE = {
     PassAtKTrainer: ("pass@4", {"k": 4, "beta": 0.0}),
     MajorityVoteTrainer: ("maj@4", {"k": 4, "beta": 0.0, "answer_extractor": first_digit}),
     OnlineDPOTrainer: ("pass@1", {"beta": 0.1}),
+    AGROTrainer: ("pass@1", {"beta": 0.01}),
     NashTrainer: ("pass@1", {"algorithm": "nash_md", "judge": the_same_twice, "beta": 0.01}),
 }
 

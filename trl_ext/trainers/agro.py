@@ -3,7 +3,7 @@
 | `data_source` | who wrote the completions                  | who scored them             |
 |---------------|--------------------------------------------|-----------------------------|
 | `"online"`    | the policy, fresh or stale                 | reward functions or a judge |
-| `"offline"`   | the column `completions`, a list per row   | the column `scores`         |
+| `"offline"`   | the column `responses`, a list per row     | the column `scores`         |
 | `"mixed"`     | that column first, then the policy         | reward functions or a judge |
 | `"replay"`    | the record of an earlier run               | the record                  |
 
@@ -73,8 +73,8 @@ class AGROConfig(GroupConfig):
     data_source: str = field(
         default="online",
         metadata={
-            "help": "'online' samples; 'offline' takes the columns completions and scores; 'mixed' "
-            "fills a group that begins with the column completions; 'replay' takes the record of "
+            "help": "'online' samples; 'offline' takes the columns responses and scores; 'mixed' "
+            "fills a group that begins with the column responses; 'replay' takes the record of "
             "an earlier run (arXiv:2503.19612)."
         },
     )

@@ -91,7 +91,7 @@ def listed_completions(
     *,
     everyone: bool,
 ) -> list[list[int] | None]:
-    """Token ids of the column `completions`, None where the list has ended and one is sampled.
+    """Token ids of the column `responses`, None where the list has ended and one is sampled.
 
     Args:
         rows, prompt_ids, G, tokenizer, template: as in `given_completions`.
@@ -102,7 +102,7 @@ def listed_completions(
     """
     given: list[list[int] | None] = []
     for i, (row, ids) in enumerate(zip(rows, prompt_ids, strict=True)):
-        listed, place = _listed(row, "completions", G, everyone=everyone), i % G
+        listed, place = _listed(row, "responses", G, everyone=everyone), i % G
         completion = listed[place] if place < len(listed) else None
         given.append(
             None

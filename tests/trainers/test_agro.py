@@ -1,0 +1,176 @@
+"""AGRO's completions from elsewhere: listed ones, recorded ones, and some beside fresh samples."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.runs import (
+    build,
+    different,
+    logged,
+    parameters,
+    relative,
+    speak,
+    vowels,
+)
+from tests.tiny import tiny_prompts
+from trl_ext import AGROConfig, AGROTrainer
+from trl_ext.data import load_record
+
+G = 4
+
+
+def listed(n=8, per_prompt=G, conversational=False, **columns):
+    """Prompts, each with a list of completions of different lengths."""
+
+    def said(text):
+        return [{"role": "assistant", "content": text}] if conversational else text
+
+    prompts = tiny_prompts(n, conversational)["prompt"]
+    texts = [different("x" * i, place) for i in range(n) for place in range(per_prompt)]
+    lists = [texts[i * per_prompt : (i + 1) * per_prompt] for i in range(n)]
+    scores = {"scores": [vowels(texts) for texts in lists]}
+    return Dataset.from_dict(
+        {
+            "prompt": prompts,
+            "responses": [[said(text) for text in texts] for texts in lists],
+            **({} if "scores" in columns else scores),
+            **{name: value for name, value in columns.items() if value is not None},
+        }
+    )
+
+
+def run(folder, dataset, source, **options):
+    trainer = build(
+        AGROTrainer,
+        folder,
+        arguments={"train_dataset": dataset, **options.pop("arguments", {})},
+        data_source=source,
+        shuffle_dataset=False,
+        **options,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_offline_is_the_same_as_if_the_policy_had_said_it(conversational, tmp_path):
+    """Nothing is asked about the origin: listed completions and sampled ones train alike."""
+    offline = run(tmp_path / "a", listed(conversational=conversational), "offline")
+    if conversational:
+        assert offline.state.global_step == 2 and parameters(offline).isfinite().all()
+        return
+    spoken = dict(zip(tiny_prompts(8)["prompt"], listed()["responses"], strict=True))
+    arguments = {"rollout_func": speak(lambda prompt, place: spoken[prompt][place])}
+    online = run(tmp_path / "b", listed(), "online", arguments=arguments)
+    assert torch.equal(parameters(offline), parameters(online))
+
+
+def test_mixed_groups_begin_with_the_list(tmp_path):
+    table = []
+    trainer = build(
+        AGROTrainer,
+        tmp_path,
+        arguments={"train_dataset": listed(per_prompt=2)},
+        data_source="mixed",
+        shuffle_dataset=False,
+    )
+    scored = trainer._calculate_rewards
+
+    def watched(inputs, prompts, completions, ids):
+        table.extend(completions)
+        return scored(inputs, prompts, completions, ids)
+
+    trainer._calculate_rewards = watched
+    trainer.train()
+    given = [text for texts in listed(per_prompt=2)["responses"] for text in texts]
+    assert [text for i, text in enumerate(table) if i % G < 2] == given[: len(table) // 2]
+    assert len({text for i, text in enumerate(table) if i % G >= 2}) > 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 2}, {"steps_per_generation": 2}])
+def test_an_ordered_replay_is_the_run(options, tmp_path):
+    online = build(
+        AGROTrainer,
+        tmp_path / "online",
+        record_path=str(tmp_path / "record"),
+        max_steps=4,
+        **options,
+    )
+    online.train()
+    replay = run(
+        tmp_path / "replay", load_record(tmp_path / "record"), "replay", max_steps=4, **options
+    )
+    assert torch.equal(parameters(online), parameters(replay))
+    names = ("return", "return_variance", "kl")
+    for a, b in zip(logged(online)[:-1], logged(replay)[:-1], strict=True):
+        assert {name: a[name] for name in names} == {name: b[name] for name in names}
+
+
+def test_a_missing_score_is_a_completion_never_listed(tmp_path):
+    scores = [[1.0, None, 0.0, math.nan] for _ in range(8)]
+    trainer = run(tmp_path, listed(scores=scores), "offline")
+    rows = logged(trainer)[:-1]
+    assert all(math.isfinite(row["return_variance"]) and row["return_variance"] > 0 for row in rows)
+
+
+def test_what_is_logged_is_the_variance_of_the_returns(tmp_path):
+    """At the first step policy and reference are one, and R is the reward."""
+    trainer = run(tmp_path, listed(), "offline", max_steps=1)
+    rewards = torch.tensor(listed()["scores"][:2])
+    row = logged(trainer)[0]
+    assert row["return"] == pytest.approx(rewards.mean().item())
+    assert row["return_variance"] == pytest.approx(rewards.var(1).mean().item(), rel=1e-5)
+
+
+def test_the_loss_needs_the_policy_of_now(tmp_path):
+    """The second pass over a round sees other returns: it is not the first one again."""
+    options = {"num_iterations": 2, "learning_rate": 0.05, "max_steps": 2, "beta": 1.0}
+    rows = logged(run(tmp_path, listed(), "offline", **options))
+    assert rows[0]["return"] != rows[1]["return"]
+
+
+REFUSED = {
+    "beta": ({"beta": 0.0}, "beta=0.0"),
+    "mode": ({"mode": "half"}, "mode='half'"),
+    "data_source": ({"data_source": "elsewhere"}, "data_source='elsewhere'"),
+    "loss_type": ({"loss_type": "grpo"}, "loss_type"),
+    "epsilon": ({"epsilon": 0.3}, "epsilon=0.3"),
+    "full offline": ({"mode": "full", "data_source": "offline"}, "data_source='offline'"),
+    "full stale": ({"mode": "full", "num_iterations": 2}, "2 optimizer steps"),
+    "full truncated": ({"mode": "full", "top_p": 0.9}, "top_p=0.9"),
+    "full tempered": ({"mode": "full", "temperature": 0.7}, "temperature=0.7"),
+    "judge": ({"data_source": "offline", "judge": "bradley_terry"}, "judge"),
+    "schedule": ({"data_source": "replay", "schedule": "one_step"}, "schedule"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name, tmp_path):
+    options, says = REFUSED[name]
+    with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+        AGROConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "source", "says"),
+    [
+        (lambda: tiny_prompts(8), "offline", "no column 'responses'"),
+        (lambda: listed(scores=None), "offline", "no column 'scores'"),
+        (lambda: listed(per_prompt=2), "offline", "lists 2"),
+        (lambda: listed(per_prompt=5), "mixed", "lists 5"),
+        (lambda: tiny_prompts(8), "replay", "no record"),
+    ],
+    ids=["no responses", "no scores", "too few", "too many", "no record"],
+)
+def test_a_dataset_that_does_not_fit(dataset, source, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path, dataset(), source)
+
+
+def test_samples_of_another_temperature_are_welcome(tmp_path):
+    trainer = build(AGROTrainer, tmp_path, temperature=0.7, top_p=0.9)
+    trainer.train()
+    assert relative(parameters(trainer), parameters(build(AGROTrainer, tmp_path))) > 0
