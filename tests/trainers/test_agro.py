@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from tests.runs import (
+    TOKENIZER,
     build,
     different,
     logged,
@@ -109,6 +110,65 @@ def test_an_ordered_replay_is_the_run(options, tmp_path):
         assert {name: a[name] for name in names} == {name: b[name] for name in names}
 
 
+def versions(trainer):
+    """Optimizer steps at which the groups of each micro-batch were sampled."""
+    seen, scored = [], trainer._compute_loss
+
+    def watched(model, inputs):
+        seen.append(inputs["version"][:, 0].tolist())
+        return scored(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    return seen
+
+
+def test_the_buffer_gives_groups_of_earlier_rounds(tmp_path):
+    options = {"replay_rounds": 2, "replay_share": 0.5, "per_device_train_batch_size": 16}
+    seen = versions(build(AGROTrainer, tmp_path, max_steps=6, **options))
+    assert seen[0] == [0] * 4
+    for step, of_groups in enumerate(seen[1:], start=1):
+        old = [version for version in of_groups if version < step]
+        assert len(old) == 2 and set(old) <= {step - 2, step - 1}, (step, of_groups)
+
+
+def test_groups_of_the_buffer_are_whole(tmp_path):
+    """Each group that is taken again has the rewards of its own completions, padded as it was."""
+    trainer = build(AGROTrainer, tmp_path, max_steps=5, replay_rounds=3, replay_share=1.0)
+    scored = trainer._compute_loss
+
+    def watched(model, inputs):
+        mask, ids = inputs["completion_mask"].bool(), inputs["completion_ids"]
+        for p in range(len(ids)):
+            texts = [
+                TOKENIZER.decode(row[m], skip_special_tokens=True)
+                for row, m in zip(ids[p], mask[p], strict=True)
+            ]
+            assert vowels(texts) == inputs["rewards"][p].tolist()
+        return scored(model, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    assert trainer.state.global_step == 5
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_resumed_run_has_its_buffer(step, tmp_path):
+    options = {
+        "replay_rounds": 2,
+        "max_steps": 5,
+        "steps_per_generation": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = build(AGROTrainer, tmp_path, **options)
+    whole.train()
+    resumed = build(AGROTrainer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert torch.equal(parameters(whole), parameters(resumed))
+    assert logged(whole)[step:-1] == logged(resumed)[step:-1]
+
+
 def test_a_missing_score_is_a_completion_never_listed(tmp_path):
     scores = [[1.0, None, 0.0, math.nan] for _ in range(8)]
     trainer = run(tmp_path, listed(scores=scores), "offline")
@@ -133,6 +193,10 @@ def test_the_loss_needs_the_policy_of_now(tmp_path):
 
 
 REFUSED = {
+    "full replay": ({"mode": "full", "replay_rounds": 1}, "replay_rounds=1"),
+    "share alone": ({"replay_share": 0.3}, "replay_share=0.3"),
+    "share": ({"replay_rounds": 1, "replay_share": 0.0}, "replay_share=0.0"),
+    "replay offline": ({"replay_rounds": 1, "data_source": "offline"}, "replay_rounds=1"),
     "beta": ({"beta": 0.0}, "beta=0.0"),
     "mode": ({"mode": "half"}, "mode='half'"),
     "data_source": ({"data_source": "elsewhere"}, "data_source='elsewhere'"),

@@ -85,6 +85,7 @@ from trl_ext.trainers.group_rows import (
     without_eos,
 )
 from trl_ext.trainers.judging import bradley_terry, judged
+from trl_ext.trainers.replay_buffer import ReplayBuffer
 
 check_host()
 _HOST_INIT = trl.GRPOTrainer.__init__
@@ -265,6 +266,15 @@ class ResumableTrainer(ConstructedTrainer):
     _sampler: Any = None
     _tr_loss: Any
 
+    @property
+    def _past(self) -> list[dict[str, Any]]:
+        """Earlier rounds that may be trained on again."""
+        return []
+
+    @_past.setter
+    def _past(self, rounds: list[dict[str, Any]]) -> None:
+        assert not rounds, "the checkpoint is of a run with a replay buffer"
+
     def _own_state(self) -> dict[str, Any]:
         """What else a checkpoint must hold, JSON-able."""
         return {}
@@ -297,6 +307,7 @@ class ResumableTrainer(ConstructedTrainer):
             save_policy(output_dir, self.accelerator.unwrap_model(self.ref_model))
         values = {
             "step": self._step,
+            "past": len(self._past),
             "tr_loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
@@ -304,7 +315,8 @@ class ResumableTrainer(ConstructedTrainer):
             "logs": self._logged_completions(),
             "own": self._own_state(),
         }
-        save_exact_state(output_dir, self.args.process_index, self._buffered_inputs, values)
+        window = None if self._buffered_inputs is None else self._buffered_inputs + self._past
+        save_exact_state(output_dir, self.args.process_index, window, values)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -340,7 +352,10 @@ class ResumableTrainer(ConstructedTrainer):
             return
         if self.args.sync_ref_model:
             load_policy(checkpoint, self.accelerator.unwrap_model(self.ref_model))
-        self._buffered_inputs, values = state
+        window, values = state
+        if window is not None:
+            kept = len(window) - values["past"]
+            self._buffered_inputs, self._past = window[:kept], window[kept:]
         self._step = values["step"]
         self._tr_loss = torch.tensor(values["tr_loss"], device=self.args.device)
         self._total_loss_scalar = values["total_loss"]
@@ -769,6 +784,11 @@ class GroupTrainer(ScheduledTrainer):
         """Frozen copies of earlier policies, by name; they are part of a checkpoint."""
         return {}
 
+    @functools.cached_property
+    def replay_buffer(self) -> ReplayBuffer:
+        """Rounds that may be trained on again; none unless a method says so."""
+        return ReplayBuffer(0, 0.0)
+
     def begin_round(self) -> None:
         """Called before a round is sampled."""
 
@@ -844,6 +864,14 @@ class GroupTrainer(ScheduledTrainer):
             grpo_trainer.add_fused_lm_head(copied, temperature=self.args.scoring_temperature)
             self.snapshots[name] = copied
         self.snapshots[name].load_state_dict(policy.state_dict())
+
+    @property
+    def _past(self) -> list[dict[str, Any]]:
+        return self.replay_buffer.rounds
+
+    @_past.setter
+    def _past(self, rounds: list[dict[str, Any]]) -> None:
+        self.replay_buffer.rounds = rounds
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -922,6 +950,7 @@ class GroupTrainer(ScheduledTrainer):
         if self._step % (n * self.num_iterations) == 0 or self._buffered_inputs is None:
             self.begin_round()
             batch: Any = self._generate_and_score_completions(generation_batch)
+            batch = self.replay_buffer.exchange(batch)
             if "prompt_ids" not in self._inputs[0]:  # a record is replayed in its own order
                 batch = shuffle_sequence_dict(batch)
             self._buffered_inputs = [self._scored(part) for part in split_tensor_dict(batch, n)]

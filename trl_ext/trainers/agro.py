@@ -7,6 +7,8 @@
 | `"mixed"`     | that column first, then the policy         | reward functions or a judge |
 | `"replay"`    | the record of an earlier run               | the record                  |
 
+A round may take some of its groups from a replay buffer of the rounds before it, `replay_rounds`.
+
 The loss of a group is half the variance of R = r − β log π/ref over its completions, divided by β,
 with the log-ratios of the policy of now at every optimizer step. No importance ratio, no clip and
 no normaliser stands in it: at its optimum, π* ∝ ref · exp(r/β), the gradient of every group is 0,
@@ -18,6 +20,7 @@ CoPG (2406.19185) has the same gradient. TOPR (2503.14286) differs by a function
 `group_loss` with `topr_loss` of `trl_ext.objectives.agro`, and `uses_old_logp`.
 """
 
+import functools
 import textwrap
 from dataclasses import dataclass, field
 
@@ -31,6 +34,7 @@ from trl_ext.trainers.base import refuse_ignored, refuse_truncated_sampling, ref
 from trl_ext.trainers.group import GroupConfig
 from trl_ext.trainers.group_rows import Group, Metrics, Selection
 from trl_ext.trainers.pair_sources import listed_completions, listed_scores, recorded_completions
+from trl_ext.trainers.replay_buffer import ReplayBuffer
 
 TANG_2025 = {
     "title": "RL-finetuning LLMs from on- and off-policy data with a single algorithm",
@@ -57,6 +61,8 @@ class AGROConfig(GroupConfig):
         beta: weight of the KL to the reference; the paper's value is not known.
         mode: whether the law of the samples is differentiated.
         data_source: see `trl_ext.trainers.agro`.
+        replay_rounds: size of the replay buffer.
+        replay_share: how much of a round is taken from it.
     """
 
     beta: float = field(
@@ -79,6 +85,21 @@ class AGROConfig(GroupConfig):
         },
     )
 
+    replay_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds whose groups are kept in memory and may be trained on again; a "
+            "checkpoint holds them (arXiv:2503.19612)."
+        },
+    )
+    replay_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of each round's groups that replay_rounds > 0 takes from the rounds "
+            "before (arXiv:2503.19612)."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_unknown(self, CHOICES)
@@ -92,16 +113,28 @@ class AGROConfig(GroupConfig):
             self._check_full()
         if self.data_source in ("offline", "replay"):
             what = f"data_source={self.data_source!r} samples nothing"
-            refuse_ignored(self, ["judge", "schedule"], what)
+            refuse_ignored(self, ["judge", "schedule", "replay_rounds"], what)
+        self._check_replay()
+
+    def _check_replay(self) -> None:
+        if not self.replay_rounds:
+            refuse_ignored(self, ["replay_share"], "replay_rounds=0 keeps no rounds")
+        if self.replay_rounds < 0 or not 0 < self.replay_share <= 1:
+            raise ValueError(
+                f"replay_rounds={self.replay_rounds} must be ≥ 0 and replay_share="
+                f"{self.replay_share} in (0, 1]."
+            )
 
     def _check_full(self) -> None:
-        if self.data_source != "online" or self.schedule != "sync" or self.steps_per_round > 1:
+        elsewhere = self.data_source != "online" or self.replay_rounds
+        if elsewhere or self.schedule != "sync" or self.steps_per_round > 1:
             raise ValueError(
-                f"mode='full' with data_source={self.data_source!r}, schedule={self.schedule!r} "
-                f"and {self.steps_per_round} optimizer steps per round: it differentiates the law "
-                "of the samples, which must be the policy's of now. Use data_source='online', "
-                "schedule='sync', num_iterations=1 and steps_per_generation="
-                "gradient_accumulation_steps, or mode='frozen'."
+                f"mode='full' with data_source={self.data_source!r}, replay_rounds="
+                f"{self.replay_rounds}, schedule={self.schedule!r} and {self.steps_per_round} "
+                "optimizer steps per round: it differentiates the law of the samples, which must "
+                "be the policy's of now. Use data_source='online', no replay, schedule='sync', "
+                "num_iterations=1 and steps_per_generation=gradient_accumulation_steps, or "
+                "mode='frozen'."
             )
         refuse_truncated_sampling(self, "mode='full'")
         self.refuse_tempered("mode='full'")
@@ -123,6 +156,10 @@ class AGROTrainer(GroupTrainer):
     _tag_names = ["trl", "trl_ext", "agro"]
     _name = "AGRO"
     _paper = TANG_2025
+
+    @functools.cached_property
+    def replay_buffer(self) -> ReplayBuffer:
+        return ReplayBuffer(self.args.replay_rounds, self.args.replay_share)
 
     def given_completions(self, inputs, prompt_ids):
         if self.args.data_source == "online":
