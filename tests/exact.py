@@ -190,6 +190,7 @@ class Enumeration:
         laws: one `(C,)` per row of a step's batch, where not all completions have the same law.
         columns: of the dataset, where its completions come first in each group; the sampler is
             asked for the rest only.
+        facts: further columns of the dataset.
         logs: what the trainer logged.
     """
 
@@ -202,6 +203,7 @@ class Enumeration:
     sampler: Tensor | None = None
     laws: Sequence[Tensor] | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     logs: list[dict[str, float]] = field(default_factory=list, init=False)
 
@@ -231,7 +233,7 @@ class Enumeration:
     def _built(self, config: Any, model: Any, recorder: Any, batches: list) -> Any:
         prompts = len(batches) * config.per_device_train_batch_size // config.num_generations
         answers = ([list(completion) for completion in batch] for batch in batches)
-        row = {"prompt": TOKENIZER.decode([self.prompt]), **self.columns}
+        row = {"prompt": TOKENIZER.decode([self.prompt]), **self.columns, **self.facts}
         trainer = self.trainer(
             model,
             None if self.reward is None else self._score,

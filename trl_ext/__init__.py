@@ -13,6 +13,8 @@ _PUBLIC = {
     "GRPOConfig": "trl_ext.trainers.grpo",
     "GRPOTrainer": "trl_ext.trainers.grpo",
     "GenerationEvaluator": "trl_ext.evals",
+    "JEPOConfig": "trl_ext.trainers.jepo",
+    "JEPOTrainer": "trl_ext.trainers.jepo",
     "KLBudget": "trl_ext.evals",
     "MajorityVoteConfig": "trl_ext.trainers.majority_vote",
     "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from trl_ext.trainers.agro import AGROTrainer as AGROTrainer
     from trl_ext.trainers.grpo import GRPOConfig as GRPOConfig
     from trl_ext.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from trl_ext.trainers.jepo import JEPOConfig as JEPOConfig
+    from trl_ext.trainers.jepo import JEPOTrainer as JEPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig
     from trl_ext.trainers.majority_vote import MajorityVoteTrainer as MajorityVoteTrainer
     from trl_ext.trainers.nash import NashConfig as NashConfig

@@ -796,8 +796,8 @@ class GroupTrainer(ScheduledTrainer):
         """Further models whose summed log-probabilities `(P, M)` the loss finds in `stored`."""
         return {}
 
-    def given_scores(self, inputs: list) -> list[float | None]:
-        """Scores that the dataset holds, one per row; empty where there are none."""
+    def given_scores(self, inputs: list, completion_ids: list) -> list[float | None]:
+        """Scores that no reward function gives, one per row; empty where there are none."""
         return []
 
     def shaped_rewards(self, rewards_PG: Tensor, truncated_PG: Tensor) -> Tensor:
@@ -810,6 +810,10 @@ class GroupTrainer(ScheduledTrainer):
         """From the scores of this process's groups to what is trained on; `rows` are those of the
         dataset, one per completion."""
         raise NotImplementedError
+
+    def rewritten(self, output: dict, kept: Selection, rows: list[dict[str, Any]]) -> dict:
+        """The batch of completions `(B, ...)` as it is trained on, if not as it was sampled."""
+        return output
 
     def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
         """`(P,)` loss per prompt in nats, and metrics: name to values and their weights."""
@@ -895,7 +899,10 @@ class GroupTrainer(ScheduledTrainer):
         return super()._tokenize_prompts(prompts)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self._preferences_PGG, self._given_scores = None, self.given_scores(inputs)
+        self._preferences_PGG, self._given_scores = (
+            None,
+            self.given_scores(inputs, completion_ids_list),
+        )
         if self.args.asks_judge:
             self._ask_judge(prompts, completions)
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -940,7 +947,7 @@ class GroupTrainer(ScheduledTrainer):
             self._preferences_PGG = bradley_terry(rewards_PG)
         kept = self.select(rewards_PG, self._preferences_PGG, inputs)
         self._show_advantages(self.accelerator.gather(kept.role_PG.flatten().contiguous()))
-        scored = {**output, "old_logp": self._behaviour_BT}
+        scored = self.rewritten({**output, "old_logp": self._behaviour_BT}, kept, inputs)
         return grouped(scored, rewards_PG, kept, inputs, named=self.args.record_path is not None)
 
     def _prepare_inputs(self, generation_batch):
@@ -996,11 +1003,8 @@ class GroupTrainer(ScheduledTrainer):
         now_BT: Tensor = logp_BT.detach()
         ref_BT, old_BT = rows.get("ref_logp", now_BT), rows.get("old_logp", now_BT)
         old_BT = torch.where(old_BT.isnan(), now_BT, old_BT)  # a server may not tell
-        logp_PM, ref_PM, old_PM, lengths_PM = (
-            (x * mask_BT).sum(1).view(P, M)
-            for x in (logp_BT, ref_BT, old_BT, torch.ones_like(now_BT))
-        )
-        group = Group(logp_PM, ref_PM, old_PM, lengths_PM, inputs)
+        logp, ref, old, mask = (x.view(P, M, T) for x in (logp_BT, ref_BT, old_BT, mask_BT))
+        group = Group(logp, ref, old, mask, inputs)
         loss_P, metrics = self.group_loss(group)
         assert loss_P.shape == (P,), loss_P.shape
         metrics = {**metrics, "entropy": (entropy_BT, mask_BT)}

@@ -170,7 +170,7 @@ class AGROTrainer(GroupTrainer):
         everyone = self.args.data_source == "offline"
         return listed_completions(*known, self.chat_template_kwargs, everyone=everyone)
 
-    def given_scores(self, inputs):
+    def given_scores(self, inputs, completion_ids):
         if self.args.data_source == "replay":
             return [row["rewards"][i % self.group_size] for i, row in enumerate(inputs)]
         if self.args.data_source == "offline":

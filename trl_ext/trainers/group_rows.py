@@ -4,6 +4,7 @@ A batch of groups holds tensors `(P, M, ...)`, one row per prompt with M of its 
 tensors `(P, ...)` of what a loss must know of their scores.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> values, and weights of the
 
 PROMPT = ("prompt_ids", "prompt_mask")
 # Right-padded, one value per completion token.
-TOKENS = ("completion_ids", "completion_mask", "tool_mask", "ref_logp", "old_logp")
+TOKENS = ("completion_ids", "completion_mask", "tool_mask", "answer_mask", "ref_logp", "old_logp")
 PER_COMPLETION = (*PROMPT, *TOKENS, "version")
 
 
@@ -38,16 +39,33 @@ class Selection:
 class Group:
     """A micro-batch of whole groups, as a loss sees it.
 
-    Log-probabilities are summed over a completion's tokens, in nats. `logp_PM` carries the
-    gradient; `old_logp_PM` is that of the policy that sampled, `ref_logp_PM` of the reference.
-    `stored` is what `select` kept of the scores, and `rewards`, `(P, M)`.
+    Log-probabilities of completions `(P, M)` are sums over their tokens `(P, M, T)`, in nats.
+    `logp` carries the gradient; `old_logp` is that of the policy that sampled, `ref_logp` of the
+    reference. `mask_PMT` is 1 on the tokens that count. `stored` is what `select` kept of the
+    scores, and `rewards`, `(P, M)`.
     """
 
-    logp_PM: Tensor
-    ref_logp_PM: Tensor
-    old_logp_PM: Tensor
-    lengths_PM: Tensor
+    logp_PMT: Tensor
+    ref_logp_PMT: Tensor
+    old_logp_PMT: Tensor
+    mask_PMT: Tensor
     stored: dict[str, Tensor]
+
+    @functools.cached_property
+    def logp_PM(self) -> Tensor:
+        return (self.logp_PMT * self.mask_PMT).sum(-1)
+
+    @functools.cached_property
+    def ref_logp_PM(self) -> Tensor:
+        return (self.ref_logp_PMT * self.mask_PMT).sum(-1)
+
+    @functools.cached_property
+    def old_logp_PM(self) -> Tensor:
+        return (self.old_logp_PMT * self.mask_PMT).sum(-1)
+
+    @functools.cached_property
+    def lengths_PM(self) -> Tensor:
+        return self.mask_PMT.sum(-1).to(self.logp_PMT.dtype)
 
 
 def grouped(

@@ -100,7 +100,7 @@ class OnlineDPOTrainer(GroupTrainer):
         known = (inputs, prompt_ids, self.group_size, self.processing_class)
         return given_completions(source, *known, template)
 
-    def given_scores(self, inputs):
+    def given_scores(self, inputs, completion_ids):
         return given_scores(self.args.pair_source, inputs, self.group_size)
 
     def shaped_rewards(self, rewards_PG, truncated_PG):

@@ -1,0 +1,231 @@
+"""Through the trainer, JEPO has the expected gradient of its bound.
+
+The thought is the first token: three of them, each with another probability of the answer.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests.exact import (
+    COMPLETIONS,
+    EOS,
+    PROMPTS,
+    SPOKEN,
+    B,
+    Enumeration,
+    assert_same_gradient,
+    gradient_of,
+    group_settings,
+    table,
+    token_logps,
+)
+from trl_ext import JEPOConfig, JEPOTrainer
+
+POLICY, REFERENCE, OLDER = table(1), table(2), 0.9 * table(1) + 0.1 * table(5).clamp(min=-10)
+PROMPT = PROMPTS[0]
+EXACT = {
+    "beta": 0.0,
+    "format_penalty": 0.0,
+    "advantage_clip": math.inf,
+    "advantage_scale": "none",
+    "answer_prefix": "",
+}
+
+
+class FirstToken(JEPOTrainer):
+    """The marker of every completion is its first token."""
+
+    def _thought_length(self, token_ids):
+        return 1
+
+
+class Silent(JEPOTrainer):
+    """Completions that begin with an EOS have no marker."""
+
+    def _thought_length(self, token_ids):
+        return None if token_ids[0] == EOS else 1
+
+
+def run(folder, trainer=FirstToken, reward=None, sampler=None, **options):
+    options = group_settings(**{**EXACT, **options})
+    case = Enumeration(
+        trainer,
+        lambda f: JEPOConfig(f, **options),
+        POLICY,
+        REFERENCE if options["beta"] else None,
+        PROMPT,
+        reward,
+        sampler,
+        facts={"answer": "b"},
+    )
+    return case.expected_gradient(str(folder))
+
+
+def thoughts(weights):
+    """`(C,)`: log π(c|x) of each thought."""
+    return torch.stack([token_logps(weights, PROMPT, (c,)).sum() for c in SPOKEN])
+
+
+def answers(weights):
+    """`(C,)`: log π(a*|x, c) of the answer behind each thought, end of sequence included."""
+    return torch.stack([token_logps(weights, c, (B, EOS)).sum() for c in SPOKEN])
+
+
+def bound(weights, n):
+    """L_n by enumeration of n thoughts."""
+    logp_C, told_C = thoughts(weights), answers(weights)
+    total = 0.0
+    for index in itertools.product(range(len(SPOKEN)), repeat=n):
+        i = list(index)
+        total = total + logp_C[i].sum().exp() * (told_C[i].logsumexp(0) - math.log(n))
+    return total
+
+
+def kl_of_thoughts(weights):
+    logp_C = thoughts(weights)
+    return (logp_C.exp() * (logp_C - thoughts(REFERENCE))).sum()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_multi_is_the_tighter_bound(n, tmp_path):
+    actual = run(tmp_path, bound="multi", num_generations=n)
+    assert_same_gradient(actual, gradient_of(lambda w: -bound(w, n), POLICY))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_single_is_the_bound_of_one(n, tmp_path):
+    actual = run(tmp_path, bound="single", num_generations=n)
+    assert_same_gradient(actual, gradient_of(lambda w: -bound(w, 1), POLICY))
+
+
+def test_the_bounds_are_ordered():
+    values = [float(bound(POLICY, n)) for n in (1, 2, 3)]
+    exact = float((thoughts(POLICY) + answers(POLICY)).logsumexp(0))
+    assert values == sorted(values) and values[-1] < exact
+
+
+def test_verifree_is_the_likelihood_of_the_answer(tmp_path):
+    def objective(weights):
+        return -(thoughts(weights) + answers(weights)).logsumexp(0).exp()
+
+    actual = run(tmp_path, bound="verifree", num_generations=2)
+    assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+def test_latro_has_the_kl_in_its_reward(tmp_path):
+    actual = run(tmp_path, bound="latro", num_generations=2, beta=0.3)
+    expected = gradient_of(lambda w: -bound(w, 1) + 0.3 * kl_of_thoughts(w), POLICY)
+    assert_same_gradient(actual, expected)
+
+
+@pytest.mark.parametrize("kl_gradient", ["sequence", "sequence_total"])
+def test_the_kl_is_that_of_the_thought(kl_gradient, tmp_path):
+    options = {"bound": "multi", "num_generations": 2, "kl_gradient": kl_gradient}
+    actual = run(tmp_path, beta=0.3, **options)
+    expected = gradient_of(lambda w: -bound(w, 2) + 0.3 * kl_of_thoughts(w), POLICY)
+    assert_same_gradient(actual, expected)
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_the_supervised_term_has_its_weight(coef, tmp_path):
+    """The score of the thoughts is the rest of the gradient."""
+
+    def objective(weights):
+        logp_C = thoughts(weights)
+        score = (logp_C.exp() * answers(weights).detach()).sum()
+        supervised = (logp_C.detach().exp() * answers(weights)).sum()
+        return -score - coef * supervised
+
+    actual = run(tmp_path, bound="single", num_generations=2, supervised_coef=coef)
+    assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+def test_without_a_thought_it_is_supervised_training(tmp_path):
+    class Nothing(JEPOTrainer):
+        def _thought_length(self, token_ids):
+            return 0
+
+    def objective(weights):
+        return -token_logps(weights, PROMPT, (B, EOS)).sum()
+
+    for bound_name in ("single", "multi"):
+        actual = run(tmp_path / bound_name, Nothing, bound=bound_name, num_generations=2)
+        assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+def test_on_older_samples_the_score_is_reweighted(tmp_path):
+    """Inside the clip: E over the older law of w A ∇log π + ∇log p."""
+    old_C = thoughts(OLDER).detach()
+
+    def objective(weights):
+        logp_C, told_C = thoughts(weights), answers(weights)
+        centred = (told_C[:, None] - told_C[None, :]).detach()
+        pair = old_C.exp()[:, None] * old_C.exp()[None, :]
+        score = (pair * centred * (logp_C - old_C).exp()[:, None]).sum()
+        return -score - (old_C.exp() * told_C).sum()
+
+    options = {"bound": "single", "num_generations": 2, "num_iterations": 2, "epsilon": 0.99}
+    actual = run(tmp_path, sampler=OLDER, **options)
+    assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+def test_where_a_reward_is_earned_it_is_policy_gradient(tmp_path):
+    """Two completions per prompt, and the reward of one only: each kind of group has its share."""
+    solving = (B, EOS)
+
+    def reward(completion):
+        return float(completion == solving)
+
+    law_C = torch.stack([token_logps(POLICY, PROMPT, c).sum() for c in COMPLETIONS]).exp()
+
+    def objective(weights):
+        total = 0.0
+        logp_C = torch.stack([token_logps(weights, PROMPT, c).sum() for c in COMPLETIONS])
+        for i, j in itertools.product(range(len(COMPLETIONS)), repeat=2):
+            pair, mass = (COMPLETIONS[i], COMPLETIONS[j]), law_C[i] * law_C[j]
+            if solving in pair:
+                difference = reward(pair[0]) - reward(pair[1])
+                total = total + mass * difference * (logp_C[i] - logp_C[j]) / 2
+                continue
+            logp = torch.stack([token_logps(weights, PROMPT, c[:1]).sum() for c in pair])
+            told = torch.stack([token_logps(weights, c[0], (B, EOS)).sum() for c in pair])
+            score = ((told - told.flip(0)).detach() * logp).sum() / 2
+            total = total + mass * (score + told.mean())
+        return -total
+
+    options = {"bound": "single", "num_generations": 2, "combine_with_reward": True}
+    actual = run(tmp_path, reward=reward, **options)
+    assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+def test_a_thought_without_marker_is_masked_from_the_bound(tmp_path):
+    """With the format penalty off it changes nothing; with it, the marker is learned."""
+    logp_C, told_C = thoughts(POLICY).detach(), answers(POLICY).detach()
+    marked = [c != EOS for c in SPOKEN]
+
+    def objective(weights, penalty):
+        now_C, told = thoughts(weights), answers(weights)
+        total = 0.0
+        for i, j in itertools.product(range(len(SPOKEN)), repeat=2):
+            mass = (logp_C[i] + logp_C[j]).exp()
+            difference = -penalty * (float(not marked[i]) - float(not marked[j]))
+            total = total + mass * difference * (whole(now_C, i) - whole(now_C, j)) / 2
+            if marked[i] and marked[j]:
+                apart = told_C[i] - told_C[j]
+                total = total + mass * (apart * (now_C[i] - now_C[j]) + told[i] + told[j]) / 2
+            elif marked[i] or marked[j]:
+                total = total + mass * (told[i] if marked[i] else told[j])
+        return -total
+
+    def whole(now_C, i):
+        # A completion without marker keeps all of its tokens; an EOS has no second one.
+        return now_C[i]
+
+    for penalty in (0.0, 2.0):
+        options = {"bound": "single", "num_generations": 2, "format_penalty": penalty}
+        actual = run(tmp_path / str(penalty), Silent, **options)
+        expected = gradient_of(lambda w, p=penalty: objective(w, p), POLICY)
+        assert_same_gradient(actual, expected)
