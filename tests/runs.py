@@ -17,6 +17,8 @@ from trl_ext import (
     AGROTrainer,
     GRPOConfig,
     GRPOTrainer,
+    JEPOConfig,
+    JEPOTrainer,
     MajorityVoteConfig,
     MajorityVoteTrainer,
     NashConfig,
@@ -50,9 +52,12 @@ METHODS: dict[type, tuple[type, dict[str, Any]]] = {
     OnlineDPOTrainer: (OnlineDPOConfig, {"beta": 0.1}),
     NashTrainer: (NashConfig, {"algorithm": "nash_md", "judge": "bradley_terry", "beta": 0.1}),
     AGROTrainer: (AGROConfig, {"beta": 0.1}),
+    # Rewards for most groups, the bound for those without any.
+    JEPOTrainer: (JEPOConfig, {"marker": "", "combine_with_reward": True, "beta": 0.1}),
 }
 OURS = list(METHODS)
 OF_GROUPS = [trainer for trainer in OURS if issubclass(trainer, GroupTrainer)]
+JUDGED = [trainer for trainer in OF_GROUPS if trainer is not JEPOTrainer]  # or rewarded alone
 OF_TOKENS = [trainer for trainer in OURS if trainer not in OF_GROUPS]
 
 # Further ways of a trainer over groups: each has a state, an opponent or an anchor of its own.

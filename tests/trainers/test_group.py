@@ -6,6 +6,7 @@ import torch
 import trl_ext.trainers._seam as seam
 from tests.runs import (
     ALGORITHMS,
+    JUDGED,
     OF_GROUPS,
     Gradients,
     build,
@@ -167,7 +168,7 @@ def test_an_unscorable_completion_is_never_in_a_pair(tmp_path):
     assert seen == [[4.0, 1.0]] * 4
 
 
-@each_of_groups
+@pytest.mark.parametrize("trainer", JUDGED, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("scored", [0, 1])
 def test_a_group_with_less_than_two_scores_teaches_nothing(trainer, scored, tmp_path):
     def few(completions, **_):

@@ -20,6 +20,7 @@ import trl_ext.trainers._seam as seam
 from tests.processes import run_two_ranks
 from tests.runs import (
     ALGORITHMS,
+    JUDGED,
     OF_GROUPS,
     OF_TOKENS,
     OURS,
@@ -350,7 +351,7 @@ def test_scored_equals_sampled_log_probability(model, tmp_path):
     assert scored_minus_sampled(GRPOTrainer, tmp_path, MODELS[model]()) <= 1e-5
 
 
-@pytest.mark.parametrize("trainer", OF_GROUPS, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("trainer", JUDGED, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("model", MODELS)
 def test_groups_are_scored_as_sampled_where_asked_to(trainer, model, tmp_path):
     own = {"scale_logps_by_temperature": True}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.runs import OF_GROUPS, Gradients, build, by_letters, different, parameters, speak
+from tests.runs import JUDGED, Gradients, build, by_letters, different, parameters, speak
 from tests.tiny import tiny_prompts
 from trl_ext import NashTrainer, OnlineDPOTrainer
 from trl_ext.trainers.judging import bradley_terry, judged
 
-each_of_groups = pytest.mark.parametrize("trainer", OF_GROUPS, ids=lambda t: t.__name__)
+each_judged = pytest.mark.parametrize("trainer", JUDGED, ids=lambda t: t.__name__)
 
 
 def first_place(prompts, first, second):
@@ -159,7 +159,7 @@ def test_a_judge_of_lengths_prefers_as_rewards_by_length_would(tmp_path):
     assert row["rewards/win_rate/mean"] == 0.5, "win rates in a group sum to half its size"
 
 
-@each_of_groups
+@each_judged
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_a_judge_that_cannot_tell_teaches_nothing(trainer, missing, tmp_path):
     gradient, row = gradient_of(lambda p, a, b: [missing] * len(p), tmp_path, trainer)
@@ -209,14 +209,14 @@ def test_an_asynchronous_judge(tmp_path):
         (lambda n: [0.5] * (n - 1) + [-0.1], "answer -0.1 to pair 11"),
     ],
 )
-@each_of_groups
+@each_judged
 def test_a_wrong_answer_ends_the_run(trainer, answers, message, tmp_path):
     options = {"algorithm": "spo"} if trainer is NashTrainer else {}
     with pytest.raises(ValueError, match=message):
         gradient_of(lambda p, a, b: answers(len(p)), tmp_path, trainer, **options)
 
 
-@each_of_groups
+@each_judged
 def test_rewards_beside_a_judge_are_refused(trainer, tmp_path):
     arguments = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)}
     with pytest.raises(ValueError, match=r"reward_funcs=.*not applied.*win rate score"):

@@ -7,6 +7,7 @@ from tests.tiny import tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext import (
     AGROTrainer,
     GRPOTrainer,
+    JEPOTrainer,
     MajorityVoteTrainer,
     NashTrainer,
     OnlineDPOTrainer,
@@ -38,6 +39,7 @@ OBJECTIVE = {
     MajorityVoteTrainer: ("maj@4", {"k": 4, "beta": 0.0, "answer_extractor": first_digit}),
     OnlineDPOTrainer: ("pass@1", {"beta": 0.1}),
     AGROTrainer: ("pass@1", {"beta": 0.01}),
+    JEPOTrainer: ("pass@1", {"combine_with_reward": True, "marker": "a", "format_penalty": 0.0}),
     NashTrainer: ("pass@1", {"algorithm": "nash_md", "judge": the_same_twice, "beta": 0.01}),
 }
 

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from tests.runs import (
-    OF_GROUPS,
+    JUDGED,
     TOKENIZER,
     Gradients,
     build,
@@ -328,7 +328,7 @@ def test_who_else_would_write_the_completions_is_refused(source, given, tmp_path
         run._refuse_unsupported()
 
 
-@pytest.mark.parametrize("trainer", OF_GROUPS, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("trainer", JUDGED, ids=lambda t: t.__name__)
 def test_record_files_of_a_judged_run(trainer, tmp_path):
     """Any trainer over groups may be recorded."""
     options = dict(record_path=str(tmp_path / "record"), judge=by_letters)

@@ -208,30 +208,39 @@ class JEPOTrainer(GroupTrainer):
         return Selection(index_PG, {"by_bound": by_bound_P}, rewards_PG.nan_to_num())
 
     def rewritten(self, output, kept, rows):
-        mask_BT, G = output["completion_mask"], self.group_size
-        ids = [row[m] for row, m in zip(output["completion_ids"], mask_BT.bool(), strict=True)]
-        marked = [self._thought_length(row.tolist()) for row in ids]
-        by_bound = kept.stored["by_bound"].repeat_interleave(G).tolist()
-        lengths = [n if bound else None for n, bound in zip(marked, by_bound, strict=True)]
-        answers = [self._answer_ids(row) for row in rows]
-        spliced = with_answers(
-            output["completion_ids"], mask_BT, lengths, answers, self.processing_class.pad_token_id
-        )
-        if output["old_logp"] is not None:
-            width = spliced["completion_ids"].size(1)
-            spliced["old_logp"] = cut(output["old_logp"], lengths, width)
-        found_PG = torch.tensor([n is not None for n in marked], device=mask_BT.device).view(-1, G)
-        kept.stored["marked"] = found_PG
-        return {**output, **spliced}
+        ids_BT, mask_BT = output["completion_ids"], output["completion_mask"].bool()
+        sampled = [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
+        marked = [self._thought_length(ids) for ids in sampled]
+        kept.stored["marked"] = _found(marked, kept.stored["by_bound"])
+        bound_B = kept.stored["by_bound"].repeat_interleave(self.group_size).tolist()
+        lengths = [n if bound else None for n, bound in zip(marked, bound_B, strict=True)]
+        answers = [answer_ids(self.processing_class, row, self.args) for row in rows]
+        return answered(output, lengths, answers, self.processing_class)
 
     def _thought_length(self, token_ids: list[int]) -> int | None:
         return thought_length(token_ids, self.processing_class, self.args.marker)
 
-    def _answer_ids(self, row: dict[str, Any]) -> list[int]:
-        return answer_ids(self.processing_class, row, self.args)
-
     def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
         return group_loss(self.args, group)
+
+
+def _found(lengths: list[int | None], like_P: Tensor) -> Tensor:
+    """`(P, G)`, whether a completion has a marker."""
+    found_B = torch.tensor([n is not None for n in lengths], device=like_P.device)
+    return found_B.view(len(like_P), -1)
+
+
+def answered(
+    output: dict, lengths: list[int | None], answers: list[list[int]], tokenizer: Any
+) -> dict:
+    """The batch with the reference answers behind its thoughts."""
+    pad_token_id = tokenizer.pad_token_id
+    ids_BT, mask_BT = output["completion_ids"], output["completion_mask"]
+    spliced = with_answers(ids_BT, mask_BT, lengths, answers, pad_token_id)
+    if output["old_logp"] is not None:
+        width = spliced["completion_ids"].size(1)
+        spliced["old_logp"] = cut(output["old_logp"], lengths, width)
+    return {**output, **spliced}
 
 
 def answer_ids(tokenizer: Any, row: dict[str, Any], args: JEPOConfig) -> list[int]:
@@ -267,7 +276,7 @@ def group_loss(args: JEPOConfig, group: Group) -> tuple[Tensor, Metrics]:
     loss_P = loss_PM.mean(1)
     if args.beta and args.bound != "latro":
         loss_P = loss_P + args.beta * _kl(args, group, thought_PMT)
-    return loss_P, _metrics(told_PM, scored_PM, group)
+    return loss_P, _logged(told_PM, scored_PM, group)
 
 
 def _bound(args: JEPOConfig, told_PM: Tensor, log_ratio_PM: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +313,7 @@ def _kl(args: JEPOConfig, group: Group, thought_PMT: Tensor) -> Tensor:
     return (loss_BT.view(P, M, T) * mask_PMT).sum(-1).mean(1)
 
 
-def _metrics(told_PM: Tensor, scored_PM: Tensor, group: Group) -> Metrics:
+def _logged(told_PM: Tensor, scored_PM: Tensor, group: Group) -> Metrics:
     """Share of completions with a marker, and the bounds of prompts whose thoughts all have one."""
     marked_PM, M = group.stored["marked"], told_PM.size(1)
     metrics = {"marked": (marked_PM.to(told_PM.dtype), torch.ones_like(told_PM))}
