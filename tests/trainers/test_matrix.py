@@ -27,7 +27,7 @@ from tests.runs import (
     vowels,
 )
 from tests.tiny import tiny_llama, tiny_prompts
-from trl_ext import NashTrainer, OnlineDPOTrainer
+from trl_ext import JEPOTrainer, NashTrainer, OnlineDPOTrainer
 from trl_ext.trainers.group import IGNORED
 
 each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)

@@ -9,13 +9,15 @@ Each bound splits into an advantage for the thought and a weight for the answer:
 of Aᵢ ∇log π(cᵢ|x) + wᵢ ∇log pᵢ estimates its gradient, advantage and weight held fixed. The weights
 order the family: 1 (single, LaTRO), G · softmax log p (multi), p (VeriFree).
 
-A thought that never came to the answer's marker has NaN for log p. It takes no part in the bound, as
-if it had not been drawn, and is left to `format_advantage`. Dropped: TRICE's memory of rationales.
+A thought that never came to the answer's marker has NaN for log p. It takes no part in the bound,
+as if it had not been drawn, and is left to `format_advantage`. Dropped: TRICE's memory of
+rationales.
 
 Source: arXiv:2503.19618, whose printed formulas omit a logarithm and print aᵢ for the thought.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -63,9 +65,7 @@ def single_bound(answer_logp_PG: Tensor) -> tuple[Tensor, Tensor]:
     Source: arXiv:2503.19618, section 3.
     """
     return (
-        leave_one_out_advantage(answer_logp_PG)
-        if answer_logp_PG.size(1) > 1
-        else torch.zeros_like(answer_logp_PG),
+        _of_scored(lambda logp: logp - leave_one_out(logp), answer_logp_PG, min_samples=2),
         _of_scored(torch.ones_like, answer_logp_PG),
     )
 
@@ -89,8 +89,8 @@ def multi_bound(answer_logp_PG: Tensor) -> tuple[Tensor, Tensor]:
     _assert_group(answer_logp_PG)
 
     def advantage(logp: Tensor) -> Tensor:
-        m = logp.size(1)
-        return m * (_log_mean_exp(logp)[:, None] - _log_mean_exp(_others(logp)))
+        above = logp - logp.amax(1, keepdim=True)  # digits for the differences, not for the sum
+        return logp.size(1) * (_log_mean_exp(above)[:, None] - _log_mean_exp(_others(above)))
 
     return (
         _of_scored(advantage, answer_logp_PG, min_samples=2),
@@ -233,7 +233,8 @@ def bound_estimate(answer_logp_PM: Tensor, n: int) -> Tensor:
         n: size of the subsets, in [1, M]; there are C(M, n) of them, each of which is visited.
 
     Returns:
-        `(P,)`, nats, ≤ log π(a*|x) in expectation. Never falls in n; equal log p give exactly log p.
+        `(P,)`, nats, ≤ log π(a*|x) in expectation. It never falls in n; equal log p give exactly
+        log p.
     """
     assert answer_logp_PM.dim() == 2, answer_logp_PM.shape
     M = answer_logp_PM.size(1)
@@ -244,7 +245,9 @@ def bound_estimate(answer_logp_PM: Tensor, n: int) -> Tensor:
     return least_P + torch.stack(above)
 
 
-def _of_scored(rule, answer_logp_PG: Tensor, min_samples: int = 1) -> Tensor:
+def _of_scored(
+    rule: Callable[[Tensor], Tensor], answer_logp_PG: Tensor, min_samples: int = 1
+) -> Tensor:
     assert answer_logp_PG.dim() == 2, answer_logp_PG.shape
     return credit_of_scorable(rule, answer_logp_PG.detach(), min_samples=min_samples)
 
