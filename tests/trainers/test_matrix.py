@@ -49,6 +49,8 @@ def refusal(trainer, options):
     ignored = [name for name in options if name in IGNORED]
     if trainer in OF_GROUPS and ignored:
         return pytest.raises(ValueError, match=f"{ignored[0]}=.* is not applied: .*whole groups")
+    if trainer is JEPOTrainer and "kl_gradient" in options:
+        return pytest.raises(ValueError, match=r"kl_gradient='sequence_vocab' is none of sequence,")
     if trainer is JEPOTrainer and "temperature" in options:
         return pytest.raises(ValueError, match=r"temperature=0\.7 is not supported with bound=")
     if trainer is NashTrainer and "temperature" in options:
