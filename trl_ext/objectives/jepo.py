@@ -62,7 +62,7 @@ def single_bound(answer_logp_PG: Tensor) -> tuple[Tensor, Tensor]:
         log pⱼ give advantage exactly 0. With m < G scored answers both are those among these, times
         G/m; a lone one has advantage 0 and weight G, which is the gradient of SFT.
 
-    Source: arXiv:2503.19618, section 3.
+    Source: arXiv:2503.19618.
     """
     return (
         _of_scored(lambda logp: logp - leave_one_out(logp), answer_logp_PG, min_samples=2),
@@ -84,7 +84,7 @@ def multi_bound(answer_logp_PG: Tensor) -> tuple[Tensor, Tensor]:
         weight 1. With m < G scored answers both are those of Lₘ; a lone one is as in
         `single_bound`.
 
-    Source: arXiv:2503.19618, section 4; the leave-one-out is VIMCO's, arXiv:1602.06725.
+    Source: arXiv:2503.19618; the leave-one-out is VIMCO's, arXiv:1602.06725.
     """
     _assert_group(answer_logp_PG)
 
