@@ -1,5 +1,7 @@
 """What the configurations of both models share: Llama's fields, without those of RoPE."""
 
+import importlib
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -16,13 +18,23 @@ TENSOR_PARALLEL_PLAN = {
 }
 
 
+# At least 1, each of them.
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+# Fields of other decoders that would promise what this one does not do.
+FOREIGN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+FOREIGN += ("sliding_window",)
+
+
 @strict
 class DecoderConfig(PreTrainedConfig):
     """A Llama-family decoder whose attention brings its own sense of position.
 
     Raises:
-        ValueError: the sizes of the heads do not fit together, or a dropout of attention weights is
-            asked for, which neither paper defines.
+        ValueError: sizes are not positive or do not fit together, a dropout of attention weights is
+            asked for, which neither paper defines, or a field of RoPE or of a window is set.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -54,6 +66,7 @@ class DecoderConfig(PreTrainedConfig):
     mlp_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -68,6 +81,12 @@ class DecoderConfig(PreTrainedConfig):
                 f"attention_dropout={self.attention_dropout} is not defined for the attention of "
                 f"{self.model_type!r}: neither paper drops weights. Set it to 0."
             )
+        for name in FOREIGN:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} has no effect on {self.model_type!r}: nothing is "
+                    "rotated and every earlier token is seen. Leave it out."
+                )
         super().__post_init__(**kwargs)
 
     @property
@@ -75,6 +94,27 @@ class DecoderConfig(PreTrainedConfig):
         """H, Hkv and D."""
         assert self.num_key_value_heads and self.head_dim
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As the host's, with the model's code beside the file; see `trl_ext.models._hub`."""
+        # The host itself carries on the code of classes that it loaded from a folder.
+        if type(self).__module__.startswith("trl_ext."):
+            os.makedirs(save_directory, exist_ok=True)
+            # Not by a statement, which would make the module travel too.
+            hub = importlib.import_module("trl_ext.models._hub")
+            self.auto_map = hub.write_code(type(self), save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:  # the host uploads what it wrote itself
+            repository = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repository, **kwargs)
+
+    def _check_sizes(self) -> None:
+        for name in SIZES:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size} is no size: use a whole number from 1 on.")
 
     def _check_width(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -85,7 +125,7 @@ class DecoderConfig(PreTrainedConfig):
 
     def _check_heads(self) -> None:
         heads = self.num_key_value_heads
-        if not heads or self.num_attention_heads % heads:
+        if heads is None or self.num_attention_heads % heads:
             raise ValueError(
                 f"num_key_value_heads={heads} does not divide num_attention_heads="
                 f"{self.num_attention_heads}: choose a divisor, so that each key head serves the "

@@ -171,6 +171,8 @@ class DecoderModel(DecoderPreTrainedModel):
             attention_mask,
             position_ids,
             past_key_values,
+            # A stage of a pipeline keeps its own layers, and fills the cache of no other.
+            layer_idx=next((i for i, x in enumerate(self.layers) if hasattr(x, "self_attn")), 0),
             sees_itself=self.config.sees_itself,
             cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
         )
@@ -259,3 +261,14 @@ def _kept(hidden_BTD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 class DecoderForSequenceClassification(GenericForSequenceClassification, DecoderPreTrainedModel):
     """The decoder with a score per class on the last token, as reward models have it."""
+
+    model_class: ClassVar[type[DecoderModel]]
+
+    def __init__(self, config: DecoderConfig) -> None:
+        # The host's own asks AutoModel, which does not know a class that came with a checkpoint.
+        DecoderPreTrainedModel.__init__(self, config)
+        assert config.num_labels
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()

@@ -21,6 +21,7 @@ def visible_keys(
     position_ids: Tensor | None,
     cache: Cache | None,
     *,
+    layer_idx: int,
     sees_itself: bool,
     **kwargs: Any,
 ) -> Visible:
@@ -32,6 +33,7 @@ def visible_keys(
         position_ids: `(B, T)` or `(1, T)`. Without mask and cached keys, each restart begins a
             packed document, as in transformers. Otherwise unused: both attentions count tokens.
         cache: before this call's keys are appended.
+        layer_idx: a layer that keeps its keys in this cache.
         sees_itself: whether a query attends to its own key.
         **kwargs: `cu_seq_lens_q`, `(documents + 1,)`, says the same as restarting positions.
 
@@ -39,8 +41,8 @@ def visible_keys(
         ValueError: the mask has another shape.
     """
     (B, T), device = hidden_BTD.shape[:2], hidden_BTD.device
-    cached = 0 if cache is None else cache.get_seq_length()
-    slots = T if cache is None else int(cache.get_mask_sizes(T, 0)[0])
+    cached = 0 if cache is None else cache.get_seq_length(layer_idx)
+    slots = T if cache is None else int(cache.get_mask_sizes(T, layer_idx)[0])
     if attention_mask is None and isinstance(cached, int) and cached == 0:
         documents = _documents(T, device, position_ids, kwargs.get("cu_seq_lens_q"))
         if documents is not None:
@@ -65,9 +67,11 @@ def _checked(
     """The padding mask as booleans, `(B, slots)`; slots of a cache that are still empty are 0."""
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.size(0) != B or not T <= mask.size(1) <= slots:
+    tensor = isinstance(mask, Tensor)
+    if not tensor or mask.dim() != 2 or mask.size(0) != B or not T <= mask.size(1) <= slots:
+        given = f"has shape {tuple(mask.shape)}" if tensor else f"is a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}: pass ({B}, {slots}), 1 on the real "
+            f"attention_mask {given}: pass ({B}, {slots}), 1 on the real "
             "tokens among cached and new ones. A mask per pair of tokens is not supported: packed "
             "documents are told by position_ids that restart."
         )

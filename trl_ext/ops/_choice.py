@@ -1,12 +1,14 @@
-"""Which implementation of an attention runs: the one that is asked for, or the best one here."""
+"""What runs: the implementation that is asked for, or the best one here, and with which tiles."""
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("naive", "chunked", "triton")
+SHARED_MEMORY = 160 * 1024  # bytes of a multiprocessor; the tuner leaves out what a chip has not
 
 
 def choose(implementation: str | None, q: Tensor) -> str:
@@ -26,6 +28,23 @@ def choose(implementation: str | None, q: Tensor) -> str:
     if implementation == "triton":
         _check_triton(q)
     return implementation
+
+
+def fitting_tiles(tiles: list[Any], row_bytes: int) -> list[Any]:
+    """The tiles whose loaded rows fit a GPU's shared memory; the smallest one if none does.
+
+    A larger one could not be launched, and compiling it only to find out takes up to a minute.
+
+    Args:
+        tiles: `triton.Config`s with BLOCK_M queries and BLOCK_N keys.
+        row_bytes: of a key or of a value, the larger.
+    """
+
+    def rows(tile: Any) -> int:  # a key and a value each, for every stage
+        return tile.kwargs["BLOCK_M"] + 2 * tile.num_stages * tile.kwargs["BLOCK_N"]
+
+    fit = [tile for tile in tiles if rows(tile) * row_bytes <= SHARED_MEMORY]
+    return fit or [min(tiles, key=rows)]
 
 
 def _check_triton(q: Tensor) -> None:

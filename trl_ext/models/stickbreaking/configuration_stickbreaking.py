@@ -6,6 +6,16 @@ from huggingface_hub.dataclasses import strict
 
 from trl_ext.models._configuration import TENSOR_PARALLEL_PLAN, DecoderConfig
 
+# Parameters with a row per head; each process has those of its own heads.
+PLAN_OF_BIAS = {
+    "layers.*.self_attn.remainder_bias": "colwise",
+    "layers.*.self_attn": "local_params",
+}
+PLAN_OF_NORM = {
+    "layers.*.self_attn.head_norm.weight": "colwise",
+    "layers.*.self_attn.head_norm": "local_params",
+}
+
 
 @strict
 class StickBreakingConfig(DecoderConfig):
@@ -26,15 +36,6 @@ class StickBreakingConfig(DecoderConfig):
     """
 
     model_type = "stickbreaking"
-    base_model_tp_plan = {
-        **TENSOR_PARALLEL_PLAN,
-        # Parameters with a row per head; each process has those of its own heads.
-        "layers.*.self_attn.remainder_bias": "colwise",
-        "layers.*.self_attn": "local_params",
-        "layers.*.self_attn.head_norm.weight": "colwise",
-        "layers.*.self_attn.head_norm": "local_params",
-    }
-
     remainder: str = "bias"
     attend_current: bool = False
     head_norm: bool = False
@@ -46,6 +47,12 @@ class StickBreakingConfig(DecoderConfig):
                 f"remainder={self.remainder!r} is not defined: use 'bias' as in the paper's last "
                 "version, 'value' as in its first, or 'none'."
             )
+        # The host warns of rules for parameters that are not there.
+        self.base_model_tp_plan = {  # pyright: ignore[reportAttributeAccessIssue]
+            **TENSOR_PARALLEL_PLAN,
+            **(PLAN_OF_BIAS if self.remainder == "bias" else {}),
+            **(PLAN_OF_NORM if self.head_norm else {}),
+        }
 
     @property
     def sees_itself(self) -> bool:

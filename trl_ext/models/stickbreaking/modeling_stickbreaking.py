@@ -12,12 +12,14 @@ from trl_ext.models._decoder import (
     DecoderPreTrainedModel,
     identity_values,
 )
+from trl_ext.models._extras import register_with_extras
 from trl_ext.models._names import register
 from trl_ext.models._visible import Visible
 from trl_ext.models.stickbreaking.configuration_stickbreaking import StickBreakingConfig
 from trl_ext.ops.stickbreaking import stickbreaking_attention
 
 register(StickBreakingConfig.model_type)
+register_with_extras(StickBreakingConfig.model_type)
 
 
 class HeadRMSNorm(nn.Module):
@@ -93,7 +95,11 @@ class StickBreakingModel(StickBreakingPreTrainedModel, DecoderModel):
 
 
 class StickBreakingForCausalLM(StickBreakingPreTrainedModel, DecoderForCausalLM):
-    """Stick-breaking with a language-modelling head."""
+    """Stick-breaking with a language-modelling head.
+
+    LoRA leaves the remainder bias as it is; `LoraConfig(target_parameters=["remainder_bias"])`
+    adapts it beside PEFT's default targets.
+    """
 
     model_class = StickBreakingModel
 
@@ -102,3 +108,5 @@ class StickBreakingForSequenceClassification(
     StickBreakingPreTrainedModel, DecoderForSequenceClassification
 ):
     """Stick-breaking with a score per class on the last token, for reward models."""
+
+    model_class = StickBreakingModel

@@ -28,8 +28,8 @@ class TapaConfig(DecoderConfig):
     model_type = "tapa"
     sees_itself: ClassVar[bool] = True
 
-    amplitude_fraction: float = 0.5
-    phase_alpha: float = 0.1
+    amplitude_fraction: float | int = 0.5
+    phase_alpha: float | int = 0.1
     phase: str = "quadratic"
 
     def __post_init__(self, **kwargs: Any) -> None:

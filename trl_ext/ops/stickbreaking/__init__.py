@@ -36,9 +36,12 @@ def stickbreaking_attention(
         scale: factor of the logits; None: 1/√D.
         attend_current: let a query see its own key, so that j ≤ i and l ≤ i.
         attention_mask: `(B, Tk)`, bool or 0/1, 1 on real tokens; None: no padding.
-        document_ids: `(B, Tk)`, integers; a run of equal numbers is one packed document.
+        document_ids: `(B, Tk)`, integers; a run of equal numbers is one packed document; from
+            cumulated lengths (`cu_seqlens`) by
+            `torch.bucketize(slots, cu_seqlens[1:], right=True)`.
         query_offset: slot of the first query among the keys; None: Tk − Tq, so that the queries are
-            the last of the cached keys.
+            the last of the cached keys. A single query may leave its place to `attention_mask`: 0
+            on empty slots of a cache, and on its own unless `attend_current`.
         implementation: "naive" (dense), "chunked" (linear memory, any device) or "triton" (fused);
             None: "triton" for CUDA tensors where it can be had, otherwise "chunked".
 

@@ -8,7 +8,8 @@ keys to the oldest and carries log S per query. Gradients take three kernels, no
     3. per block of keys, over the queries that visited it: dk and dv.
 
 What is kept is two floats per query and tile. So that it stays within `SCRATCH` bytes at any
-length, the three run slab by slab of the queries, and dk and dv add up.
+length, the three run slab by slab of the queries, and dk and dv add up. The tiles they share are
+fixed; the forward's are tuned.
 
 One new query per row, as in decoding: the heads of a group stand in one block, and segments of the
 keys run side by side. Two segments combine by o = o_new + S_new · o_old and S = S_new · S_old.
@@ -38,6 +39,7 @@ except ImportError as error:
         "use 'chunked', which computes the same on any device."
     ) from error
 
+from trl_ext.ops._choice import fitting_tiles
 from trl_ext.ops._shapes import Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,8 +88,8 @@ class _Blocks(NamedTuple):
     def of(cls, q: Tensor, v: Tensor) -> "_Blocks":
         wide = max(q.size(3), v.size(3))
         if q.dtype == torch.float32:
-            return cls(32, 32) if wide > 64 else cls(64, 32)
-        return cls(64, 32) if wide > 128 else cls(64, 64)
+            return cls(32, 16 if wide > 128 else 32) if wide > 64 else cls(64, 32)
+        return cls(64, 32) if wide > 64 else cls(64, 64)
 
 
 def _width(x: Tensor) -> int:
@@ -228,8 +230,14 @@ def _configs(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
     ]
 
 
+def _fitting(configs: list[triton.Config], given: dict, **meta: Any) -> list[triton.Config]:
+    width = max(meta["BLOCK_D"], meta["BLOCK_DV"])
+    return fitting_tiles(configs, given["Q"].element_size() * width)
+
+
 def _spreads(*choices: tuple[int, int]) -> list[triton.Config]:
     """Warps and stages to try."""
+    choices = choices[:1] if INTERPRETED else choices
     return [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in choices]
 
 
@@ -264,7 +272,7 @@ def _logits(
     """Logits to base 2 of a tile, −∞ where the key is hidden, and the keys."""
     inside = columns < Tk
     k = _rows_of(K, columns, inside, D, BLOCK_D)
-    z = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+    z = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale2
     seen = (columns[None, :] >= first[:, None]) & inside[None, :]
     if STRICT:
         seen = seen & (columns[None, :] < slots[:, None])
@@ -335,7 +343,7 @@ def _forward_kernel(
             left, _w = _log_share_left(z)
             weights = _weights(z, left, stick)
             v = _rows_of(V, columns, columns < Tk, DV, BLOCK_DV)
-            total += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            total += tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
             stick += tl.sum(left, 1)
 
     at = (tl.program_id(2).to(tl.int64) * BH + bh) * Tq
@@ -350,12 +358,14 @@ def _forward_kernel(
 
 _WIDTHS = ["BLOCK_D", "BLOCK_DV"]
 _prefill = triton.autotune(
-    _configs((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 4, 2)),
+    _configs((64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3), (32, 32, 4, 1)),
     key=_WIDTHS,
+    prune_configs_by={"early_config_prune": _fitting},
 )(_forward_kernel)
 _decoding = triton.autotune(
     _configs((16, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 2)),
     key=_WIDTHS,
+    prune_configs_by={"early_config_prune": _fitting},
 )(_forward_kernel)
 
 
@@ -430,11 +440,11 @@ def _queries_kernel(
         left, w = _log_share_left(z)
         weights = _weights(z, left, tl.load(Stick + kept))
         v = _rows_of(V, columns, columns < Tk, DV, BLOCK_DV)
-        e = weights * tl.dot(do, tl.trans(v), input_precision="ieee")
+        e = weights * tl.dot(do, tl.trans(v), input_precision="tf32x3")
         tl.store(Older + kept, older)
         dz = e - _share(z, w) * (older[:, None] + tl.cumsum(e, axis=1))
         older += tl.sum(e, 1)
-        dq += tl.dot(dz.to(k.dtype), k, input_precision="ieee")
+        dq += tl.dot(dz.to(k.dtype), k, input_precision="tf32x3")
 
     c = tl.arange(0, BLOCK_D)
     tl.store(
@@ -481,11 +491,11 @@ def _keys_kernel(
                 kept = (bh * tiles + tile) * blocks * BLOCK_M + local
                 left, w = _log_share_left(z)
                 weights = _weights(z, left, tl.load(Stick + kept))
-                e = weights * tl.dot(do, tl.trans(v), input_precision="ieee")
+                e = weights * tl.dot(do, tl.trans(v), input_precision="tf32x3")
                 older = tl.load(Older + kept)[:, None] + tl.cumsum(e, axis=1)
                 dz = e - _share(z, w) * older
-                dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision="ieee")
-                dk += tl.dot(tl.trans(dz.to(q.dtype)), q, input_precision="ieee")
+                dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision="tf32x3")
+                dk += tl.dot(tl.trans(dz.to(q.dtype)), q, input_precision="tf32x3")
 
     inside_k = (columns < Tk)[:, None]
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)

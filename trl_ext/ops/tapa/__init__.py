@@ -45,9 +45,11 @@ def tapa_attention(
         attention_mask: `(B, Tk)`, 1 on real keys, 0 on padding, on any side or between. Distances
             count real tokens, so padding changes nothing for them; None: no padding.
         document_ids: `(B, Tk)`, for packed rows: a run of equal numbers is one document, and sees
-            only itself; None: one document per row.
+            only itself; from cumulated lengths (`cu_seqlens`) by
+            `torch.bucketize(slots, cu_seqlens[1:], right=True)`. None: one document per row.
         query_offset: slot of the first query among the keys: how many were cached before. None: the
             queries are the last Tq of the Tk keys. Later keys, as of a static cache, are not seen.
+            A single query may leave that to `attention_mask`: 0 on slots that are still empty.
         implementation: `"naive"`, dense, the reference; `"chunked"`, linear memory, any device;
             `"triton"`, fused, CUDA; None: `"triton"` on CUDA where it is installed, else
             `"chunked"`.

@@ -30,9 +30,11 @@ except ImportError as error:
         "use 'chunked', which computes the same on any device."
     ) from error
 
+from trl_ext.ops._choice import fitting_tiles
 from trl_ext.ops._shapes import Layout
 
-WIDE = (32, 32, 4, 1)  # fits the shared memory at head width 256 in float32
+# Fit the shared memory at head width 256 in float32: WIDE an H100's, NARROW an A100's as well.
+WIDE, NARROW = (32, 32, 4, 1), (32, 16, 4, 1)
 FEW_ROWS = 16  # the smallest block that the matrix units take
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -172,10 +174,10 @@ def _configs(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
     ]
 
 
-def _fitting(configs: list[triton.Config], _: dict, **meta: Any) -> list[triton.Config]:
+def _fitting(configs: list[triton.Config], given: dict, **meta: Any) -> list[triton.Config]:
     """A single query per key head wants the smallest block, anything else a larger one."""
-    few = meta["FEW"]
-    return [c for c in configs if (c.kwargs["BLOCK_M"] == FEW_ROWS) == few] or configs
+    few = [c for c in configs if (c.kwargs["BLOCK_M"] == FEW_ROWS) == meta["FEW"]] or configs
+    return fitting_tiles(few, given["q"].element_size() * max(meta["A"] + meta["P"], meta["V"]))
 
 
 _KEY = ["A", "P", "V", "GROUPS", "FEW"]
@@ -293,7 +295,7 @@ def _forward_kernel(
 
 @triton.autotune(
     _configs(
-        *((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), WIDE),
+        *((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 2), WIDE, NARROW),
         *((16, 64, 4, 2), (16, 32, 4, 2)),
     ),
     key=_KEY,
@@ -400,7 +402,7 @@ def _query_gradient_kernel(
 
 @triton.autotune(
     _configs(
-        *((64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), WIDE),
+        *((64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), WIDE, NARROW),
         *((16, 64, 4, 2), (16, 32, 4, 2)),
     ),
     key=_KEY,
