@@ -18,7 +18,9 @@ from trl.trainer import grpo_trainer
 
 import tests.conftest  # noqa: F401  the settings of every test
 from tests.exact import PROMPTS, cosine, gradient_of, law_of, sequence_kl, tabular
+from tests.trainers import test_exact_agro as agro
 from tests.trainers import test_exact_credit as credit
+from tests.trainers import test_exact_jepo as jepo
 from tests.trainers import test_exact_kl as kl
 from tests.trainers import test_exact_nash as nash
 from tests.trainers import test_exact_pairs as pairs
@@ -120,8 +122,44 @@ def nash_rows() -> list[Row]:
     ]
 
 
+def agro_rows() -> list[Row]:
+    policy, foreign = agro.POLICY, agro.FOREIGN
+    other = gradient_of(lambda w: agro.half_variance(w, foreign), policy)
+    rows: list[Row] = []
+    for name, objective, options, target in [
+        ("agro", "∇(βKL − E r)", {}, gradient_of(agro.regularised_objective, policy)),
+        ("agro, any completions", "∇½Var_μ(R)/β", dict(laws=[foreign] * 2), other),
+        (
+            "agro, stale samples",
+            "∇½Var_μ(R)/β",
+            dict(sampler=agro.OTHER, num_iterations=2),
+            other,
+        ),
+        (
+            "agro, mode=full",
+            "∇½Var_π(R)/β",
+            dict(mode="full"),
+            gradient_of(lambda w: agro.half_variance(w, law_of(w)), policy),
+        ),
+    ]:
+        run = lambda f, o=options: agro.run(f, **o)  # noqa: E731
+        rows.append((f"trl_ext {name}", objective, run, target))
+    return rows
+
+
+def jepo_rows() -> list[Row]:
+    rows: list[Row] = []
+    for name, n, objective in (("single", 2, 1), ("multi", 2, 2), ("multi", 3, 3)):
+        target = gradient_of(lambda w, n=objective: -jepo.bound(w, n), jepo.POLICY)
+        run = lambda f, o=dict(bound=name, num_generations=n): jepo.run(f, **o)  # noqa: E731
+        rows.append((f"trl_ext jepo, {name}, n={n}", f"−∇L_{objective}", run, target))
+    verifree = lambda f: jepo.run(f, bound="verifree", num_generations=2)  # noqa: E731
+    likelihood = gradient_of(jepo.negative_likelihood, jepo.POLICY)
+    return [*rows, ("trl_ext jepo, verifree", "−∇π(a*|x)", verifree, likelihood)]
+
+
 def main() -> None:
-    rows = [*kl_rows(), *credit_rows(), *pair_rows(), *nash_rows()]
+    rows = [*kl_rows(), *credit_rows(), *pair_rows(), *nash_rows(), *agro_rows(), *jepo_rows()]
     reload = grpo_trainer.create_model_from_path
     table = Table("Estimator", "Objective", "1 − cosine", "length", "relative error")
     try:

@@ -107,12 +107,14 @@ def test_the_bounds_are_ordered():
     assert values == sorted(values) and values[-1] < exact
 
 
-def test_verifree_is_the_likelihood_of_the_answer(tmp_path):
-    def objective(weights):
-        return -(thoughts(weights) + answers(weights)).logsumexp(0).exp()
+def negative_likelihood(weights):
+    """−π(a*|x), the thoughts summed out."""
+    return -(thoughts(weights) + answers(weights)).logsumexp(0).exp()
 
+
+def test_verifree_is_the_likelihood_of_the_answer(tmp_path):
     actual = run(tmp_path, bound="verifree", num_generations=2)
-    assert_same_gradient(actual, gradient_of(objective, POLICY))
+    assert_same_gradient(actual, gradient_of(negative_likelihood, POLICY))
 
 
 def test_latro_has_the_kl_in_its_reward(tmp_path):
