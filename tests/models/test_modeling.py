@@ -399,6 +399,10 @@ def compiled_on(backend):
 class TestCompile:
     """As one graph. `aot_eager` traces the backward pass too, `inductor` writes code for both."""
 
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch.compiler.reset()  # what one test compiled, the next would take for its own
+
     def test_forward_and_backward(self, variant, backend):
         model = tiny(variant).train()
         compiled = torch.compile(model, fullgraph=True, backend=backend)
