@@ -124,6 +124,7 @@ def build(trainer: type, folder: Any, *, model: Any = None, arguments=None, **op
     judged = options.get("judge") not in (None, "bradley_terry")
     source = options.get("pair_source", options.get("data_source", "online"))
     scored = not judged and source in ("online", "mixed")
+    scored = scored and options.get("combine_with_reward", True)
     return trainer(
         tiny_llama(len(TOKENIZER)) if model is None else model,
         given.pop("reward_funcs", vowels if scored else None),
