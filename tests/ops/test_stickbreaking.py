@@ -447,11 +447,11 @@ def test_chunked_equals_naive(data):
 def test_used_up_sticks_are_left_out_without_a_trace(monkeypatch, dtype, gain):
     inputs = [gain * x.to(dtype) for x in random_inputs(H=2, Tq=900)]
     tiles = []
-    weigh = chunked._weigh
-    monkeypatch.setattr(chunked, "_weigh", lambda z, S: tiles.append(z.numel()) or weigh(z, S))
+    broken = chunked._broken
+    monkeypatch.setattr(chunked, "_broken", lambda z, S: tiles.append(z.numel()) or broken(z, S))
     short = everything(*inputs, attention=tiled(64))
     visited = len(tiles)
-    monkeypatch.setattr(chunked, "_used_up", lambda log_stick: False)
+    monkeypatch.setattr(chunked, "_used_up", lambda stick: False)
     full = everything(*inputs, attention=tiled(64))
     assert visited < 0.6 * (len(tiles) - visited)
     assert all(torch.equal(a, b) for a, b in zip(short, full, strict=True))
@@ -475,8 +475,8 @@ def test_no_weight_is_denormal():
 
 def test_chunked_keeps_no_scores(monkeypatch):
     tiles, saved = [], []
-    weigh = chunked._weigh
-    monkeypatch.setattr(chunked, "_weigh", lambda z, S: tiles.append(z.numel()) or weigh(z, S))
+    broken = chunked._broken
+    monkeypatch.setattr(chunked, "_broken", lambda z, S: tiles.append(z.numel()) or broken(z, S))
     inputs = random_inputs(H=4, Hkv=2, Tq=700, offset=2.0)
     keep = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x)
     with keep:

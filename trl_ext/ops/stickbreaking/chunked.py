@@ -1,26 +1,25 @@
 """Stick-breaking attention with linear memory, in plain PyTorch for any device.
 
-A block of queries walks its tiles from the nearest keys to the oldest and carries log S, the
-logarithm of what is left of each stick. Only q, k and v are saved for the backward pass, and scores
-exist for one tile at a time, O(T·D + block²) in all. It is an operator of its own, so that a
-compiled model calls it instead of unrolling its loops. Gradients: with eᵢⱼ = Aᵢⱼ dOᵢ·vⱼ,
+A block of queries walks its tiles from the nearest keys to the oldest and carries S, what is left
+of each stick: a product of σ(−z), as exact as the sum of its logarithms and faster. Only q, k and v
+are saved for the backward pass, and scores exist for one tile at a time, O(T·D + block²) in all. It
+is an operator of its own, so that a compiled model calls it instead of unrolling its loops.
+Gradients: with eᵢⱼ = Aᵢⱼ dOᵢ·vⱼ,
 
     dzᵢⱼ = eᵢⱼ − σ(zᵢⱼ) (dremᵢ remᵢ + Σ_{l≤j} eᵢₗ)
 
 The remainder stands in that sum like a key older than all others. So the backward walks twice: to
-the oldest key for log S, and back for the sum. Dropped: the paper's single walk, which takes the
+the oldest key for S, and back for the sum. Dropped: the paper's single walk, which takes the
 tiles' shares off a saved total, and the walk that takes eᵢₗ off a saved sum. Both subtract nearly
 equal numbers where little is left of a stick, and their float32 error grows with the length.
 
 Once every stick of a block is too short for a float, older tiles are left out, to the same bits.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trl_ext.ops._shapes import Layout, group_heads, score_dtype
@@ -71,14 +70,15 @@ def _forward(
         for rows, blocks in tiles.walk():
             q_rows = tiles.queries(q, rows) * scale
             total = q_rows.new_zeros(*q_rows.shape[:3], v.size(3))
-            log_stick = q_rows.new_zeros(q_rows.shape[:3])
+            stick = q_rows.new_ones(q_rows.shape[:3])
             for columns in blocks:
-                weights, log_stick = _weigh(tiles.logits(q_rows, rows, columns), log_stick)
-                total += weights @ tiles.keys(v, columns)
-                if _used_up(log_stick):
+                z = tiles.logits(q_rows, rows, columns)
+                S, stick = _broken(z, stick)
+                total += _cut(S.mul_(z.sigmoid_())) @ tiles.keys(v, columns)
+                if _used_up(stick):
                     break
             tiles.put(output, rows, total)
-            tiles.put(remainder, rows, _length(log_stick))
+            tiles.put(remainder, rows, stick)
     return output, remainder
 
 
@@ -102,17 +102,19 @@ def _backward(
     with torch.autocast(q.device.type, enabled=False):
         for rows, blocks in tiles.walk():
             q_rows, do = tiles.queries(q, rows) * scale, tiles.queries(d_output, rows)
-            visited, log_stick = _walk_out(tiles, q_rows, rows, blocks)
-            older = _length(log_stick) * tiles.queries(d_remainder, rows)
+            visited, stick = _walk_out(tiles, q_rows, rows, blocks)
+            older = stick * tiles.queries(d_remainder, rows)
             dq_rows = torch.zeros_like(q_rows)
-            for columns, log_stick in reversed(visited):
+            for columns, stick in reversed(visited):
                 z = tiles.logits(q_rows, rows, columns)
-                weights, _ = _weigh(z, log_stick)
+                S, _ = _broken(z, stick)
+                share = z.sigmoid_()
+                weights = _cut(S.mul_(share))
                 dv[:, :, columns.start : columns.stop] += weights.mT @ do
                 e = weights.mul_(do @ tiles.keys(v, columns).mT)
                 sum_of_older = e.cumsum(-1).add_(older.unsqueeze(-1))
                 older = sum_of_older[..., -1]
-                dz = e.addcmul_(z.sigmoid_(), sum_of_older, value=-1)
+                dz = e.addcmul_(share, sum_of_older, value=-1)
                 dq_rows += dz @ tiles.keys(k, columns)
                 dk[:, :, columns.start : columns.stop] += dz.mT @ q_rows
             tiles.put(dq, rows, dq_rows * scale)
@@ -184,39 +186,33 @@ class _Tiles(NamedTuple):
 def _walk_out(
     tiles: _Tiles, q_rows: Tensor, rows: range, blocks: list[range]
 ) -> tuple[list[tuple[range, Tensor]], Tensor]:
-    """Tiles that count, the nearest first, with the log S that reaches each; and the last log S."""
+    """Tiles that count, the nearest first, with the S that reaches each; and the last S."""
     # One tensor: small ones that outlive their tiles would keep the tiles' memory from reuse.
-    log_sticks = q_rows.new_zeros(len(blocks) + 1, *q_rows.shape[:3])
+    sticks = q_rows.new_ones(len(blocks) + 1, *q_rows.shape[:3])
     visited = 0
     for columns in blocks:
-        z = tiles.logits(q_rows, rows, columns)
-        log_sticks[visited + 1] = log_sticks[visited] + F.logsigmoid(z.neg_()).sum(-1)
+        _, sticks[visited + 1] = _broken(tiles.logits(q_rows, rows, columns), sticks[visited])
         visited += 1
-        if _used_up(log_sticks[visited]):
+        if _used_up(sticks[visited]):
             break
-    return list(zip(blocks[:visited], log_sticks, strict=False)), log_sticks[visited]
+    return list(zip(blocks[:visited], sticks, strict=False)), sticks[visited]
 
 
-def _weigh(z: Tensor, log_stick: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of a tile, Aⱼ = σ(zⱼ) Sⱼ with log Sⱼ = log S + Σ_{l>j} log(1 − σ(zₗ)).
+def _broken(z: Tensor, stick: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of the sticks in front of each key of a tile: Sⱼ = S Π_{l>j} σ(−zₗ).
 
     Args:
         z: `(..., n)`, logits in the order of the keys.
-        log_stick: `(...)`, the log S that reaches the tile's nearest key.
+        stick: `(...)`, the S that reaches the tile's nearest key.
 
     Returns:
-        Weights `(..., n)` and the log S `(...)` that the tile leaves.
+        Sⱼ `(..., n)` and the S `(...)` that the tile leaves.
     """
-    log_S = z.new_empty(*z.shape[:-1], z.size(-1) + 1)
-    log_S[..., 0] = log_stick
-    log_S[..., 1:] = F.logsigmoid(-z).flip(-1)
-    log_S.cumsum_(-1)
-    S = _length(log_S[..., :-1].flip(-1))
-    return _cut(S.mul_(z.sigmoid())), log_S[..., -1].clone()
-
-
-def _length(log_stick: Tensor) -> Tensor:
-    return _cut(log_stick.exp())
+    S = z.new_empty(*z.shape[:-1], z.size(-1) + 1)
+    S[..., 0] = stick
+    S[..., 1:] = z.neg().sigmoid_().flip(-1)
+    S.cumprod_(-1)
+    return S[..., :-1].flip(-1), _cut(S[..., -1].clone())
 
 
 def _cut(x: Tensor) -> Tensor:
@@ -225,6 +221,5 @@ def _cut(x: Tensor) -> Tensor:
     return torch.threshold_(x, torch.finfo(x.dtype).tiny, 0.0)
 
 
-def _used_up(log_stick: Tensor) -> bool:
-    # One nat below the shortest length, which exp then cannot round up to it.
-    return bool(log_stick.max() < math.log(torch.finfo(log_stick.dtype).tiny) - 1)
+def _used_up(stick: Tensor) -> bool:
+    return not stick.any()
