@@ -217,7 +217,7 @@ class Enumeration:
         config.max_steps = len(batches) * config.num_iterations
         law = self.policy if self.sampler is None else self.sampler
         weights = [weight for _, weight in batches]
-        recorder = _Recorder(weights, config.num_iterations, self.policy, law)
+        recorder = Recorder(weights, config.num_iterations, self.policy, law)
         model = tabular(law if config.num_iterations > 1 else self.policy)
         trainer = self._built(config, model, recorder, [answers for answers, _ in batches])
         if self.sampler is not None and config.num_iterations == 1:
@@ -276,7 +276,7 @@ class Enumeration:
         return rollout
 
 
-class _Recorder(TrainerCallback):
+class Recorder(TrainerCallback):
     def __init__(self, weights: list[Tensor], repeats: int, policy: Tensor, law: Tensor) -> None:
         self.weights, self.repeats, self.policy, self.law = weights, repeats, policy, law
         self.step, self.total = 0, torch.zeros_like(policy)

@@ -22,8 +22,10 @@ from tests.trainers import test_exact_agro as agro
 from tests.trainers import test_exact_credit as credit
 from tests.trainers import test_exact_jepo as jepo
 from tests.trainers import test_exact_kl as kl
+from tests.trainers import test_exact_mtpo as mtpo
 from tests.trainers import test_exact_nash as nash
 from tests.trainers import test_exact_pairs as pairs
+from tests.trainers import test_exact_vineppo as vineppo
 from trl_ext import PassAtKConfig, PassAtKTrainer
 
 Row = tuple[str, str, Callable[[Path], Tensor], Tensor]
@@ -141,6 +143,18 @@ def agro_rows() -> list[Row]:
             dict(mode="full"),
             gradient_of(lambda w: agro.half_variance(w, law_of(w)), policy),
         ),
+        (
+            "copg, any completions",
+            "∇½Var_μ(R)/β",
+            dict(loss_type="copg", laws=[foreign] * 2),
+            other,
+        ),
+        (
+            "topr, stale samples",
+            "−E_μ w r ∇log π",
+            dict(agro.TOPR, sampler=agro.OTHER, num_iterations=2),
+            gradient_of(agro.tapered(agro.OTHER), policy),
+        ),
     ]:
         run = lambda f, o=options: agro.run(f, **o)  # noqa: E731
         rows.append((f"trl_ext {name}", objective, run, target))
@@ -158,8 +172,42 @@ def jepo_rows() -> list[Row]:
     return [*rows, ("trl_ext jepo, verifree", "−∇π(a*|x)", verifree, likelihood)]
 
 
+def mtpo_rows() -> list[Row]:
+    tree, mixture = mtpo.SHORT, mtpo.MIXTURE
+    self_play = tree.game(tree.beaten_by(mtpo.POLICY))
+    step = tree.mirror_step(mixture, tree.beaten_by(mixture))
+    near = tree.mirror_step(mtpo.NEAR, tree.beaten_by(mtpo.NEAR))
+    rows: list[Row] = []
+    for name, objective, options, target in [
+        ("mtpo, two turns", "∇(βKL_p − P(π ≻ sg π))", {}, self_play),
+        ("mtpo, two turns, turn_kl=vocab", "the same", dict(turn_kl="vocab"), self_play),
+        (
+            "mtpo, second pass",
+            "mirror step from π_t",
+            dict(sampler=mtpo.NEAR, leader=mtpo.NEAR),
+            near,
+        ),
+        ("mtpo, tau", "… from the mixture", dict(tau=mtpo.TAU, leader=mixture), step),
+    ]:
+        run = lambda f, o=options: mtpo.dialogues(f, **o)  # noqa: E731
+        rows.append((f"trl_ext {name}", objective, run, target))
+    return rows
+
+
+def vineppo_rows() -> list[Row]:
+    rows: list[Row] = []
+    for name, policy in (
+        ("no end behind a boundary", vineppo.POLICY),
+        ("ends anywhere", vineppo.ENDS_ANYWHERE),
+    ):
+        run = lambda f, p=policy: vineppo.of_groups(f, p)  # noqa: E731
+        rows.append((f"trl_ext vineppo, K=1, {name}", "∇E r", run, vineppo.expected(policy)))
+    return rows
+
+
 def main() -> None:
     rows = [*kl_rows(), *credit_rows(), *pair_rows(), *nash_rows(), *agro_rows(), *jepo_rows()]
+    rows += [*mtpo_rows(), *vineppo_rows()]
     reload = grpo_trainer.create_model_from_path
     table = Table("Estimator", "Objective", "1 − cosine", "length", "relative error")
     try:

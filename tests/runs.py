@@ -21,12 +21,16 @@ from trl_ext import (
     JEPOTrainer,
     MajorityVoteConfig,
     MajorityVoteTrainer,
+    MTPOConfig,
+    MTPOTrainer,
     NashConfig,
     NashTrainer,
     OnlineDPOConfig,
     OnlineDPOTrainer,
     PassAtKConfig,
     PassAtKTrainer,
+    VinePPOConfig,
+    VinePPOTrainer,
 )
 from trl_ext.rollouts import ProcessSampler, Request, Rollout
 from trl_ext.rollouts._snapshot import Snapshot
@@ -35,6 +39,16 @@ from trl_ext.trainers._seam import GroupTrainer
 
 TOKENIZER = tiny_tokenizer()
 TIMES = ("time", "runtime", "per_second", "profiling", "perf/")
+
+
+def each_letter(text: str) -> list[int]:
+    """Steps of one letter."""
+    return list(range(1, len(text)))
+
+
+def each_second_letter(text: str) -> list[int]:
+    """Steps of two letters."""
+    return list(range(2, len(text), 2))
 
 
 def first_letter(text: str) -> str | None:
@@ -52,6 +66,11 @@ METHODS: dict[type, tuple[type, dict[str, Any]]] = {
     OnlineDPOTrainer: (OnlineDPOConfig, {"beta": 0.1}),
     NashTrainer: (NashConfig, {"algorithm": "nash_md", "judge": "bradley_terry", "beta": 0.1}),
     AGROTrainer: (AGROConfig, {"beta": 0.1}),
+    MTPOTrainer: (MTPOConfig, {"judge": "bradley_terry", "beta": 0.1}),
+    VinePPOTrainer: (
+        VinePPOConfig,
+        {"num_rollouts": 2, "splitter": "tests.runs:each_second_letter", "beta": 0.1},
+    ),
     # Rewards for most groups, the bound for those without any.
     JEPOTrainer: (JEPOConfig, {"marker": "", "combine_with_reward": True, "beta": 0.1}),
 }
@@ -67,8 +86,11 @@ ALGORITHMS: dict[str, tuple[type, dict[str, Any]]] = {
     "inpo": (NashTrainer, {"algorithm": "inpo", "eta": 0.3}),
     "dno": (NashTrainer, {"algorithm": "dno", "beta": 0.0, "eta": 0.5}),
     "dno_prct": (NashTrainer, {"algorithm": "dno_prct", "beta": 0.0, "eta": 0.5}),
+    "mtpo_tau": (MTPOTrainer, {"tau": 0.3, "beta": 0.2}),
+    "multi_turn_rlhf": (MTPOTrainer, {"judge": None, "turn_kl": "vocab"}),
     "xpo": (OnlineDPOTrainer, {"loss_type": "xpo", "num_generations": 2, "xpo_alpha": 0.1}),
     "proximal_rloo": (OnlineDPOTrainer, {"loss_type": "proximal_rloo"}),
+    "topr": (AGROTrainer, {"loss_type": "topr", "beta": 0.0}),
 }
 
 
@@ -205,6 +227,17 @@ def speak(texts: Callable[[str, int], str]) -> Callable[[list, Any], dict]:
         }
 
     return rollout
+
+
+def told_rollouts(prefix_ids: list, max_new_tokens: list[int], K: int) -> list[list[list[int]]]:
+    """In place of rollouts: continuations that their prefix decides, on any rank."""
+
+    def continuation(ids: list[int], budget: int, k: int) -> list[int]:
+        letters = TOKENIZER("abcdefgh"[(sum(ids) + 3 * k) % 6 :]).input_ids
+        return [*letters, TOKENIZER.eos_token_id][:budget]
+
+    rows = zip(prefix_ids, max_new_tokens, strict=True)
+    return [[continuation(ids, budget, k) for k in range(K)] for ids, budget in rows]
 
 
 def different(prompt: str, i: int) -> str:

@@ -97,6 +97,8 @@ def test_every_method_has_a_parser(method):
         (["grpo", "--dataset_name=x", "--output_dir=o", "--system_prompt=s"], "prompt_template"),
         (["grpo", "--dataset_name=x", "--output_dir=o", "--eval_generations=4"], "test_split"),
         (["grpo", "--dataset_name=x", "--eval_answer_extractor=a:b"], "eval_generations"),
+        (["grpo", "--dataset_name=x", "--eval_reward_funcs", "a:b"], "eval_generations"),
+        (["grpo", "--dataset_name=x", "--dataset_filter=kind"], "column=value"),
         (["--help"], "pass-at-k"),
         ([], "usage"),
     ],
@@ -118,7 +120,7 @@ def test_template_leaves_latex_alone():
 
 def test_a_template_needs_a_column_it_names():
     with pytest.raises(ValueError, match="qestion"):
-        cli.check_template("{qestion}", ["question", "answer"])
+        cli.check_template("prompt_template", "{qestion}", ["question", "answer"])
 
 
 def test_local_file_and_slice(tmp_path, monkeypatch):
@@ -130,3 +132,21 @@ def test_local_file_and_slice(tmp_path, monkeypatch):
     data = cli.load_prompts(run, "train[1:3]")
     assert data["answer"] == ["1", "2"]
     assert data[0]["prompt"] == [{"role": "user", "content": "Say 1?"}]
+
+
+def test_answers_are_made_and_rows_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"{n}?", "answer": str(n), "kind": "ab"[n % 2]} for n in range(4)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    templates = {"prompt_template": "{question} {answer}", "answer_template": r"\boxed{{answer}}"}
+    run = cli.RunArguments(dataset_name=str(path), dataset_filter="kind=b", **templates)
+    data = cli.load_prompts(run, "train")
+    assert data["answer"] == [r"\boxed{1}", r"\boxed{3}"]
+    assert [prompt[0]["content"] for prompt in data["prompt"]] == ["1? 1", "3? 3"]
+    for options, says in (
+        ({"dataset_filter": "kin=b"}, "dataset_filter='kin=b' names no column"),
+        ({"answer_template": "42"}, "answer_template='42' names no column"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            cli.load_prompts(cli.RunArguments(dataset_name=str(path), **options), "train")

@@ -3,8 +3,7 @@
 import pytest
 
 from tests.tiny import tiny_tokenizer
-from trl_ext.completions import completion_texts, completion_token_ids
-from trl_ext.evals.sampling import tokenize_prompt
+from trl_ext.completions import completion_texts, completion_token_ids, tokenize_prompt
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id

@@ -31,7 +31,10 @@ CARD = {"_name", "_tag_names", "_paper"}  # TRL's model-card attributes are publ
 HOST = set(re.findall(PRIVATE, inspect.getsource(grpo_trainer))) - CARD
 MOST_LINES = 40
 
-ANYWHERE = {"trl_ext.adapters", "trl_ext.completions", "trl_ext.judges", "trl_ext.resolve"}
+ANYWHERE = {
+    *("trl_ext.adapters", "trl_ext.completions", "trl_ext.judges", "trl_ext.modes"),
+    "trl_ext.resolve",
+}
 # Floor -> what it may import; the standard library is free. "inside:" only inside a function.
 FLOORS = {
     "objectives": {"torch", "trl_ext.objectives"},
@@ -56,7 +59,8 @@ FLOORS = {
     },
     "evals": {
         *("torch", "transformers", "accelerate", "datasets", "numpy", "tqdm"),
-        *("trl_ext.objectives", "trl_ext.rewards", "trl_ext.data", "trl_ext.evals"),
+        *("trl_ext.objectives", "trl_ext.rewards", "trl_ext.data", "trl_ext.rollouts"),
+        "trl_ext.evals",
     },
 }
 PUBLIC_FLOORS = {f"trl_ext.{floor}" for floor in FLOORS} | {"trl_ext"}

@@ -16,8 +16,11 @@ _PUBLIC = {
     "JEPOConfig": "trl_ext.trainers.jepo",
     "JEPOTrainer": "trl_ext.trainers.jepo",
     "KLBudget": "trl_ext.evals",
+    "MTPOConfig": "trl_ext.trainers.mtpo",
+    "MTPOTrainer": "trl_ext.trainers.mtpo",
     "MajorityVoteConfig": "trl_ext.trainers.majority_vote",
     "MajorityVoteTrainer": "trl_ext.trainers.majority_vote",
+    "MeanProbabilityReward": "trl_ext.trainers.mean_probability",
     "NashConfig": "trl_ext.trainers.nash",
     "NashTrainer": "trl_ext.trainers.nash",
     "OnlineDPOConfig": "trl_ext.trainers.online_dpo_config",
@@ -31,6 +34,8 @@ _PUBLIC = {
     "TapaConfig": "trl_ext.models",
     "TapaForCausalLM": "trl_ext.models",
     "TapaModel": "trl_ext.models",
+    "VinePPOConfig": "trl_ext.trainers.vineppo",
+    "VinePPOTrainer": "trl_ext.trainers.vineppo",
     "WinRateEvaluator": "trl_ext.evals",
     "evaluate_generations": "trl_ext.evals",
     "evaluate_preferences": "trl_ext.evals",
@@ -63,12 +68,17 @@ if TYPE_CHECKING:
     from trl_ext.trainers.jepo import JEPOTrainer as JEPOTrainer
     from trl_ext.trainers.majority_vote import MajorityVoteConfig as MajorityVoteConfig
     from trl_ext.trainers.majority_vote import MajorityVoteTrainer as MajorityVoteTrainer
+    from trl_ext.trainers.mean_probability import MeanProbabilityReward as MeanProbabilityReward
+    from trl_ext.trainers.mtpo import MTPOConfig as MTPOConfig
+    from trl_ext.trainers.mtpo import MTPOTrainer as MTPOTrainer
     from trl_ext.trainers.nash import NashConfig as NashConfig
     from trl_ext.trainers.nash import NashTrainer as NashTrainer
     from trl_ext.trainers.online_dpo import OnlineDPOTrainer as OnlineDPOTrainer
     from trl_ext.trainers.online_dpo_config import OnlineDPOConfig as OnlineDPOConfig
     from trl_ext.trainers.pass_at_k import PassAtKConfig as PassAtKConfig
     from trl_ext.trainers.pass_at_k import PassAtKTrainer as PassAtKTrainer
+    from trl_ext.trainers.vineppo import VinePPOConfig as VinePPOConfig
+    from trl_ext.trainers.vineppo import VinePPOTrainer as VinePPOTrainer
 
 
 def __getattr__(name: str) -> Any:

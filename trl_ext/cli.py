@@ -19,6 +19,7 @@ from trl_ext.parser import StrictParser, refuse_unknown
 from trl_ext.resolve import resolve
 
 CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+FUNCTION = re.compile(r"[\w.]+:\w+")
 COLUMN = re.compile(r"{(\w+)}")
 
 
@@ -27,7 +28,10 @@ class RunArguments:
     """What a run needs to know beside the trainer's and the model's options."""
 
     dataset_name: str = field(
-        metadata={"help": "Dataset on the Hub, a folder, or a .json or .jsonl file."}
+        metadata={
+            "help": "Dataset on the Hub, a folder, a .json or .jsonl file, or module:function, "
+            "which is called with the split."
+        }
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of the dataset."}
@@ -48,6 +52,17 @@ class RunArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System turn before the prompt template."}
     )
+    answer_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text of the reference answer, with columns in braces, such as {solution}; it "
+            "becomes the column answer. Without it that column is taken as it is."
+        },
+    )
+    dataset_filter: str | None = field(
+        default=None,
+        metadata={"help": "Rows to keep, as column=value, such as question_type=proof."},
+    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -56,11 +71,23 @@ class RunArguments:
             "dataset says which completion is better."
         },
     )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={"help": "Environment of TRL's environment_factory, as module:class."},
+    )
     eval_generations: int = field(
         default=0,
         metadata={
             "help": "Completions per problem from which pass@k is estimated at each evaluation; 0 "
             "turns it off. Needs dataset_test_split."
+        },
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions that judge the completions of eval_generations, each as "
+            "module:function. By default those that are trained on; a method without any reports "
+            "what needs no judge."
         },
     )
     eval_answer_extractor: str | None = field(
@@ -78,10 +105,15 @@ class RunArguments:
                 f"eval_generations={self.eval_generations} has nothing to evaluate on. Set "
                 "dataset_test_split."
             )
-        if self.eval_answer_extractor is not None and not self.eval_generations:
+        for name in ("eval_answer_extractor", "eval_reward_funcs"):
+            if getattr(self, name) is not None and not self.eval_generations:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not used with eval_generations=0. Set "
+                    "eval_generations."
+                )
+        if self.dataset_filter is not None and "=" not in self.dataset_filter:
             raise ValueError(
-                f"eval_answer_extractor={self.eval_answer_extractor!r} is not used with "
-                "eval_generations=0. Set eval_generations."
+                f"dataset_filter={self.dataset_filter!r} names no value. Write column=value."
             )
 
 
@@ -92,32 +124,64 @@ def methods() -> dict[str, str]:
 
 
 def load_prompts(run: RunArguments, split: str) -> Dataset:
-    """The split with a column `prompt`, made from the template where there is one."""
+    """The split with columns `prompt` and `answer`, from the templates where there are some."""
+    dataset = load_rows(run, split)
+    if run.dataset_filter is not None:
+        dataset = matching(dataset, run.dataset_filter)
+    for name in ("prompt_template", "answer_template"):
+        check_template(name, getattr(run, name), dataset.column_names)
+    if run.prompt_template is not None:
+        options = {"template": run.prompt_template, "system": run.system_prompt}
+        dataset = dataset.map(with_prompt, fn_kwargs=options)
+    if run.answer_template is not None:
+        dataset = dataset.map(with_answer, fn_kwargs={"template": run.answer_template})
+    return dataset
+
+
+def load_rows(run: RunArguments, split: str) -> Dataset:
+    """The split as its source has it."""
     path, files = run.dataset_name, None
+    if FUNCTION.fullmatch(path):
+        return resolve(path, "dataset_name")(split)
     if Path(path).suffix in (".json", ".jsonl"):
         path, files = "json", run.dataset_name
-    dataset = load_dataset(path, run.dataset_config, data_files=files, split=split)
-    if run.prompt_template is None:
-        return dataset
-    check_template(run.prompt_template, dataset.column_names)
-    options = {"template": run.prompt_template, "system": run.system_prompt}
-    return dataset.map(with_prompt, fn_kwargs=options)
+    return load_dataset(path, run.dataset_config, data_files=files, split=split)
 
 
-def check_template(template: str, columns: Sequence[str]) -> None:
-    """Refuses a template that would give every row the same prompt."""
-    if not set(COLUMN.findall(template)) & set(columns):
+def matching(dataset: Dataset, wanted: str) -> Dataset:
+    """The rows whose column has the value, `column=value`."""
+    column, _, value = wanted.partition("=")
+    if column not in dataset.column_names:
         raise ValueError(
-            f"prompt_template={template!r} names no column of the dataset, so all prompts would be "
-            f"alike. Write one of {', '.join(columns)} in braces."
+            f"dataset_filter={wanted!r} names no column of the dataset. Write one of "
+            f"{', '.join(dataset.column_names)} before the sign."
+        )
+    return dataset.filter(lambda found: str(found) == value, input_columns=column)
+
+
+def check_template(name: str, template: str | None, columns: Sequence[str]) -> None:
+    """Refuses a template that would give every row the same text."""
+    if template is not None and not set(COLUMN.findall(template)) & set(columns):
+        raise ValueError(
+            f"{name}={template!r} names no column of the dataset, so all rows would be alike. "
+            f"Write one of {', '.join(columns)} in braces."
         )
 
 
+def filled(template: str, row: dict[str, Any]) -> str:
+    """The template's text; braces that hold no column's name, as in LaTeX, stay as they are."""
+    return COLUMN.sub(lambda found: str(row.get(found[1], found[0])), template)
+
+
 def with_prompt(row: dict[str, Any], template: str, system: str | None) -> dict[str, Any]:
-    """The row's `prompt`; braces that hold no column's name, as in LaTeX, stay as they are."""
-    text = COLUMN.sub(lambda found: str(row.get(found[1], found[0])), template)
-    turns = [("system", system), ("user", text)]
+    """The row's `prompt`."""
+    turns = [("system", system), ("user", filled(template, row))]
     return {"prompt": [{"role": role, "content": said} for role, said in turns if said]}
+
+
+def with_answer(row: dict[str, Any], template: str) -> dict[str, Any]:
+    """The row's `answer`."""
+    return {"answer": filled(template, row)}
 
 
 def reward_functions(names: Sequence[str] | None, config: Any) -> list[Any] | None:
@@ -139,10 +203,13 @@ def build(stem: str, run: RunArguments, config: GRPOConfig, model: ModelConfig) 
     config.model_init_kwargs = loading
     callbacks = []
     if run.eval_generations:
+        judges = [resolve(name, "eval_reward_funcs") for name in run.eval_reward_funcs or []]
         extractor = run.eval_answer_extractor
         options = {"num_generations": run.eval_generations, "answer_extractor": extractor}
-        callbacks = [trl_ext.GenerationEvaluator(None, None, None, **options)]
-    test_split = run.dataset_test_split
+        callbacks = [trl_ext.GenerationEvaluator(judges or None, None, None, **options)]
+    test_split, environment = run.dataset_test_split, run.environment_factory
+    if environment is not None:
+        environment = resolve(environment, "environment_factory")
     return getattr(trl_ext, f"{stem}Trainer")(
         model=model.model_name_or_path,
         reward_funcs=reward_functions(run.reward_funcs, config),
@@ -152,6 +219,7 @@ def build(stem: str, run: RunArguments, config: GRPOConfig, model: ModelConfig) 
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         callbacks=callbacks,
+        environment_factory=environment,
     )
 
 

@@ -26,6 +26,35 @@ def completion_texts(completions: Sequence[Completion]) -> list[str]:
     return [_text(completion) for completion in completions]
 
 
+def tokenize_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str | Sequence[Message],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Gives the token ids of a prompt, rendered as TRL's trainers render it.
+
+    Raises:
+        ValueError: the prompt has no tokens.
+    """
+    if isinstance(prompt, str):
+        encoded: Any = tokenizer(text=prompt)
+    else:
+        messages: Any = prompt
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **(chat_template_kwargs or {}),
+        )
+    if not encoded["input_ids"]:
+        raise ValueError(
+            f"prompt={prompt!r} has no tokens: nothing predicts the first token of its completion. "
+            "Give it a text, or the tokenizer a beginning-of-sequence token."
+        )
+    return encoded["input_ids"]
+
+
 def completion_token_ids(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str | Sequence[Message],

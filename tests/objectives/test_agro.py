@@ -115,13 +115,35 @@ def test_at_the_optimum_every_group_has_gradient_zero(loss):
         assert g.abs().max() < 1e-15
 
 
-def test_the_baseline_is_part_of_the_gradient_off_policy():
-    def without(index, logp_PM):
+def test_a_mean_with_the_sample_in_it_shortens_the_gradient():
+    def centred(index, logp_PM):
         R = regularised_reward(REWARDS[index][None], logp_PM, REF[index][None], BETA)
-        return -R * logp_PM
+        return -(R - R.mean()) * logp_PM
 
-    assert expected_gradient(without, MU, 2, OPTIMUM).norm() > 0.3
-    assert expected_gradient(without, OPTIMUM, 2, OPTIMUM).norm() < 1e-12
+    for G in (2, 3):
+        actual = expected_gradient(centred, MU, G)
+        torch.testing.assert_close(-actual, (G - 1) / G * covariance(MU))
+
+
+def policy_gradient(law, logits, *, centred=True):
+    """Off policy, of −E r + β KL with k2: E_law (r − b − β log π/ref) ∇log π, b = E_law r or 0."""
+    p, logp = law.exp(), logits.log_softmax(0)
+    baseline = p @ REWARDS if centred else 0.0
+    weight = p * (REWARDS - baseline - BETA * (logp - REF))
+    return weight @ (torch.eye(4, dtype=torch.float64) - logits.softmax(0))
+
+
+@pytest.mark.parametrize(("centred", "norm", "away"), [(True, 0.198, 0.065), (False, 0.310, 0.133)])
+def test_a_regularised_policy_gradient_has_another_fixed_point_off_policy(centred, norm, away):
+    """The spec's toy: what AGRO differs from is the baseline, of the KL or of the whole return."""
+    ascent = policy_gradient(MU, OPTIMUM, centred=centred)
+    assert ascent.norm().item() == pytest.approx(norm, abs=5e-4)
+    on_policy = policy_gradient(OPTIMUM, OPTIMUM, centred=centred)
+    assert on_policy.norm() < 1e-12
+    logits = REF.clone()
+    for _ in range(3000):
+        logits = logits + policy_gradient(MU, logits, centred=centred)
+    assert kl(OPTIMUM, logits.log_softmax(0)).item() == pytest.approx(away, abs=5e-4)
 
 
 def test_descent_on_foreign_samples_reaches_the_optimum():
@@ -131,12 +153,33 @@ def test_descent_on_foreign_samples_reaches_the_optimum():
     assert kl(logits.log_softmax(0), OPTIMUM) < 1e-12
 
 
+def test_dro_with_the_best_value_is_agro():
+    """DRO: ½ E_μ(R − V)². With V = E_μ R held fixed, its gradient is that of ½ Var_μ(R)."""
+    V = MU.exp() @ returns(LOGITS.log_softmax(0))
+
+    def dro(logp):
+        return MU.exp() @ (REWARDS - BETA * (logp - REF) - V).square() / 2
+
+    torch.testing.assert_close(gradient(dro), -BETA * covariance(MU))
+
+
+def test_copg_is_half_the_squared_difference_of_pairs():
+    """Also the form of the released models, 1/(M−1) Σ_{i>j} (Rᵢ − Rⱼ)² = M times the variance."""
+    rewards, logp = torch.randn(2, 1, 5, dtype=torch.float64)
+    R = regularised_reward(rewards, logp, torch.zeros_like(logp), BETA)[0]
+    pairs = [(R[i] - R[j]).square() for i, j in itertools.combinations(range(5), 2)]
+    loss = copg_loss(rewards, logp, torch.zeros_like(logp), BETA).mean()
+    torch.testing.assert_close(loss, torch.stack(pairs).mean() / (4 * BETA))
+    torch.testing.assert_close(sum(pairs) / 4, 5 * R.var())
+
+
 def test_copg_has_the_same_gradient():
     generator = torch.Generator().manual_seed(0)
     rewards, logp, ref = torch.randn(3, 2, 5, dtype=torch.float64, generator=generator)
+    rewards[1, 3] = math.nan
     gradients = []
     for loss in (
-        lambda x: copg_loss(rewards, x, ref, BETA).sum(),
+        lambda x: copg_loss(rewards, x, ref, BETA).mean(1).sum(),
         lambda x: agro_loss(regularised_reward(rewards, x, ref, BETA), x).mean(1).sum(),
     ):
         x = logp.clone().requires_grad_()
@@ -150,11 +193,24 @@ def test_equal_returns_and_unscorable_groups_teach_nothing():
     equal = torch.full((2, 3), 0.7, dtype=torch.float64)
     alone = f64([math.nan, 1.0, math.nan], [math.nan] * 3)
     for R in (equal, alone):
-        for loss in (agro_loss(R, logp), agro_full_loss(R, logp, BETA)):
+        losses = (
+            agro_loss(R, logp),
+            agro_full_loss(R, logp, BETA),
+            copg_loss(R, logp, logp, BETA),
+        )
+        for loss in losses:
             assert torch.equal(loss, torch.zeros_like(loss))
 
 
-@pytest.mark.parametrize("loss", [agro_loss, lambda R, x: agro_full_loss(R, x, BETA)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        agro_loss,
+        lambda R, x: agro_full_loss(R, x, BETA),
+        lambda R, x: copg_loss(R, x, torch.zeros_like(x), BETA),
+    ],
+    ids=["agro", "full", "copg"],
+)
 def test_an_unscorable_completion_was_never_drawn(loss):
     R, logp = torch.randn(2, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     R[0, 2] = math.nan
@@ -169,3 +225,26 @@ def test_topr_lets_only_negatives_fade():
     old = f64([-3.0, -3.0, -3.0, -3.0, -2.0])
     topr_loss(f64([1.0, 1.0, -1.0, -1.0, math.nan]), logp, old).sum().backward()
     torch.testing.assert_close(logp.grad, f64([-1.0, -1.0, 1.0, math.exp(-2.0), 0.0]))
+
+
+def test_topr_of_positives_or_of_fresh_samples_is_reinforce():
+    """The weight is the smaller of the ratio and 1, for negatives: unbiased where π = μ."""
+    policy = LOGITS.log_softmax(0)
+    for law, rewards in ((policy, REWARDS), (MU, REWARDS.abs())):
+
+        def loss(logp, law=law, rewards=rewards):
+            return (law.exp() * topr_loss(rewards[None], logp[None], law[None])[0]).sum()
+
+        def reinforce(logp, law=law, rewards=rewards):
+            return -(law.exp() * rewards) @ logp
+
+        torch.testing.assert_close(gradient(loss), gradient(reinforce))
+
+
+def test_topr_is_bounded_where_reinforce_is_not():
+    """A negative that the policy has left pulls no more; without the taper its pull stays whole."""
+    gone = f64(-40.0, 0.0, 0.0, 0.0)
+    negative = f64([-1.0, 0.0, 0.0, 0.0])
+    old = torch.full((1, 4), math.log(0.25), dtype=torch.float64)
+    assert gradient(lambda x: topr_loss(negative, x[None], old).sum(), gone).norm() < 1e-15
+    assert gradient(lambda x: (-negative * x).sum(), gone).norm() > 1

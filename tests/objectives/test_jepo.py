@@ -9,6 +9,7 @@ import torch
 
 from tests.objectives.fixtures import f64
 from trl_ext.objectives.jepo import (
+    _subsets,
     answer_logp,
     bound_estimate,
     format_advantage,
@@ -428,6 +429,36 @@ def test_estimated_bounds_rise_in_n_for_every_sample_set():
     assert (bounds.diff(dim=0) > 0).all()
     torch.testing.assert_close(bounds[0], logp.mean(1))
     torch.testing.assert_close(bounds[-1], logp.logsumexp(1) - math.log(7))
+
+
+@pytest.mark.parametrize(("M", "n"), [(5, 2), (6, 3)])
+def test_every_subset_is_visited_once(M, n):
+    logp = random_logp(10, M)
+    subsets = [logp[:, subset] for subset in itertools.combinations(range(M), n)]
+    expected = torch.stack([s.logsumexp(1) - math.log(n) for s in subsets]).mean(0)
+    torch.testing.assert_close(bound_estimate(logp, n), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("M", "n"), [(12, 6), (12, 4), (13, 5)])
+def test_of_too_many_subsets_some_are_visited_that_use_all_samples_alike(M, n):
+    """Each sample moves the estimate as much as any other, and none of the bias is theirs."""
+    logp = random_logp(20, M)
+    every, some = bound_estimate(logp, n, math.comb(M, n)), bound_estimate(logp, n, 400)
+    few = bound_estimate(logp, n, 1)
+    assert not torch.equal(every, some)
+    assert (some - every).abs().mean() < 0.1 * (few - every).abs().mean()
+    same = torch.full((1, M), -3.0, dtype=torch.float64)
+    assert bound_estimate(same, n, 400).tolist() == [-3.0]
+    if M % n == 0:
+        counts = torch.bincount(_subsets(M, n, 400).flatten(), minlength=M)
+        assert (counts == counts[0]).all()
+
+
+def test_groups_of_any_size_have_a_bound():
+    """C(64, 32) subsets would take longer than the universe has."""
+    logp = random_logp(2, 64)
+    bounds = torch.stack([bound_estimate(logp, 2**i) for i in range(7)])
+    assert (bounds.diff(dim=0) > 0).all()
 
 
 def test_a_bound_needs_its_samples():

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from tests.objectives.fixtures import f64, geometric_mixture, kl
-from trl_ext.objectives.mtpo import mirror_step, turn_advantages, win_credit
+from trl_ext.objectives.mtpo import (
+    mirror_step,
+    turn_advantages,
+    turn_kl_loss,
+    turn_policy_loss,
+    win_credit,
+)
 from trl_ext.objectives.pair_rules import win_rates
+from trl_ext.objectives.segments import runs
 from trl_ext.objectives.sequence_policy import leave_one_out_advantage
 
 P = f64([0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5])
@@ -294,12 +301,77 @@ def test_one_turn_is_nash_md_with_a_baseline():
     torch.testing.assert_close(turn_advantages(credit, ratio[..., None], 0.3)[..., 0], expected)
 
 
-def test_an_unjudged_conversation_gets_nothing_and_changes_no_other():
+def test_an_unjudged_conversation_is_as_if_never_drawn():
     credit, ratio = f64([0.5, NAN, -0.5]), torch.randn(1, 3, 2, dtype=torch.float64)
-    actual = turn_advantages(credit, ratio, 0.5)
-    assert torch.equal(actual[0, 1], torch.zeros(2, dtype=torch.float64))
-    whole = turn_advantages(credit.nan_to_num(), ratio, 0.5)
-    assert torch.equal(actual[0, [0, 2]], whole[0, [0, 2]])
+    for baseline in (True, False):
+        actual = turn_advantages(credit, ratio, 0.5, baseline=baseline)
+        assert torch.equal(actual[0, 1], torch.zeros(2, dtype=torch.float64))
+        others = turn_advantages(credit[:, [0, 2]], ratio[:, [0, 2]], 0.5, baseline=baseline)
+        torch.testing.assert_close(actual[:, [0, 2]], others, rtol=0, atol=1e-15)
+
+
+def test_a_group_without_any_judgement_gets_nothing():
+    silent = turn_advantages(f64([NAN, NAN]), torch.randn(1, 2, 3, dtype=torch.float64), 0.5)
+    assert torch.equal(silent, torch.zeros(1, 2, 3, dtype=torch.float64))
+
+
+def test_only_the_kl_to_come_is_of_who_sampled():
+    generator = torch.Generator().manual_seed(2)
+    credit, own, sampled = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator)
+    actual = turn_advantages(credit[..., 0], own, 0.5, sampled_log_ratio_PGH=sampled)
+    later = turn_advantages(credit[..., 0], sampled, 0.5, include_own=False)
+    torch.testing.assert_close(actual, later - 0.5 * leave_one_out_advantage_of_turns(own))
+    same = turn_advantages(credit[..., 0], own, 0.5, sampled_log_ratio_PGH=own)
+    assert torch.equal(same, turn_advantages(credit[..., 0], own, 0.5))
+
+
+def leave_one_out_advantage_of_turns(values_PGH):
+    turns = [leave_one_out_advantage(values_PG) for values_PG in values_PGH.unbind(2)]
+    return torch.stack(turns, dim=2)
+
+
+# The loss of turns
+
+
+def turn_samples(seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(4, 2, 3, 4, dtype=torch.float64, generator=generator)
+
+
+def test_fresh_turns_have_reinforces_gradient():
+    logp, _, _, advantage = turn_samples()
+    logp.requires_grad_()
+    loss = turn_policy_loss(logp, logp.detach(), logp.detach(), advantage, 0.2)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert torch.equal(gradient, -advantage)
+
+
+def test_turns_of_another_are_reweighted_exactly_inside_the_clip():
+    logp, old, sampled, advantage = turn_samples()
+    logp.requires_grad_()
+    loss = turn_policy_loss(logp, old, sampled, advantage, 0.9)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    expected = -(logp - sampled).exp() * advantage
+    torch.testing.assert_close(gradient, expected.detach())
+
+
+def test_each_turn_is_clipped_by_itself_and_only_against_the_policy_of_the_round():
+    logp, old, sampled = f64([[0.5, 0.0]]), f64([[0.0, 0.0]]), f64([[0.0, -3.0]])
+    logp = logp[None].requires_grad_()
+    loss = turn_policy_loss(logp, old[None], sampled[None], torch.ones_like(logp), 0.2)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    golden(gradient, 0.0, -math.exp(3))
+
+
+def test_a_turn_s_kl_forgets_the_turns_before():
+    """Two tokens, somebody else's, two tokens: the second turn's ratio begins anew."""
+    logp, sampled, kl_of_laws = (0.1 * f64(range(1 + i, 6 + i)).view(1, 5) for i in (0, 3, 6))
+    turns = runs(torch.tensor([[1, 1, 0, 1, 1]]))
+    loss = turn_kl_loss(kl_of_laws, logp, 2 * sampled, turns)
+    first, _, _, second, _ = (logp - 2 * sampled).exp()[0].tolist()
+    torch.testing.assert_close(loss, kl_of_laws * f64([1.0, first, 0.0, 1.0, second]))
+    nothing = turn_kl_loss(kl_of_laws, logp, sampled, torch.full((1, 5), -1))
+    assert torch.equal(nothing, torch.zeros(1, 5, dtype=torch.float64))
 
 
 def test_no_gradient_reaches_the_advantage():

@@ -13,7 +13,7 @@ from tests.rollouts.models import (
     tiny_gpt2,
 )
 from tests.tiny import tiny_llama
-from trl_ext.rollouts import GeometricMixture
+from trl_ext.rollouts import GeometricMixture, mixed_logps
 from trl_ext.rollouts._inputs import pad_left
 
 COEFFICIENTS = torch.tensor([0.0, 0.3, 0.75, 1.0])
@@ -59,6 +59,19 @@ def test_each_token_has_the_law_of_the_mixture(make, temperature):
                 got = got.log_softmax(-1)
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
             assert not torch.allclose(expected, law(policy, opponent, 0.5, text), atol=0.1)
+
+
+def test_the_mixture_of_laws_is_normalised_and_has_them_at_its_ends():
+    logits, other = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.manual_seed(0))
+    logits[0, 1] = -torch.inf
+    mixed = mixed_logps(logits, other, 0.3)
+    torch.testing.assert_close(mixed.logsumexp(-1), torch.zeros(3, dtype=torch.float64))
+    assert mixed[0, 1] == -torch.inf and not mixed.isnan().any()
+    torch.testing.assert_close(mixed_logps(logits + 3, other - 1, 0.3), mixed)
+    torch.testing.assert_close(mixed_logps(logits, other, 0.0), logits.log_softmax(-1))
+    torch.testing.assert_close(mixed_logps(logits, other, 1.0)[1:], other.log_softmax(-1)[1:])
+    log_odds = 0.7 * (logits[1, 0] - logits[1, 1]) + 0.3 * (other[1, 0] - other[1, 1])
+    torch.testing.assert_close(mixed[1, 0] - mixed[1, 1], log_odds)
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, sharp_llama])

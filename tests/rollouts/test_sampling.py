@@ -104,6 +104,16 @@ def test_the_second_half_of_each_group_is_the_opponents(make):
     assert rows == [*own[:2], *other[2:]]
 
 
+def test_an_opponent_without_a_group_takes_part_in_every_row():
+    """Of any number of rows: in a conversation some end earlier than others."""
+    policy, opponent = sharp_llama(), sharp_llama(1)
+    everywhere = Opponent(1.0, group_size=None)
+    assert everywhere.in_every_row and not Opponent(1.0, 2).in_every_row
+    rows = greedy(policy, opponent_model=opponent, opponent=everywhere)
+    assert rows == greedy(opponent) != greedy(policy)
+    assert Opponent(0.3, group_size=None).coefficients(3).tolist() == [pytest.approx(0.3)] * 3
+
+
 def test_an_opponent_of_weight_zero_is_nobody():
     policy = sharp_llama()
     torch.manual_seed(0)

@@ -56,6 +56,14 @@ def run(folder, dataset, source, **options):
     return trainer
 
 
+TOPR = {"loss_type": "topr", "beta": 0.0}
+
+
+def negatives(logp):
+    """Only wrong completions, of a writer who gave each of them this log-probability."""
+    return listed(scores=[[-1.0] * G] * 8, logps=[[logp] * G] * 8)
+
+
 @pytest.mark.parametrize("conversational", [False, True])
 def test_offline_is_the_same_as_if_the_policy_had_said_it(conversational, tmp_path):
     """Nothing is asked about the origin: listed completions and sampled ones train alike."""
@@ -192,6 +200,40 @@ def test_the_loss_needs_the_policy_of_now(tmp_path):
     assert rows[0]["return"] != rows[1]["return"]
 
 
+def test_topr_reads_who_wrote_a_listed_completion(tmp_path):
+    """What its writer found far likelier than the policy does is left alone; w is at most 1."""
+    before = parameters(build(AGROTrainer, tmp_path))
+    left = run(tmp_path, negatives(0.0), "offline", learning_rate=1e-3, max_steps=1, **TOPR)
+    whole, unlikelier = (
+        run(tmp_path, negatives(logp), "offline", learning_rate=1e-3, max_steps=1, **TOPR)
+        for logp in (-1e3, -1e4)
+    )
+    assert logged(left)[0]["taper"] < 1e-3 and logged(whole)[0]["taper"] == 1.0
+    assert logged(left)[0]["grad_norm"] < 1e-3 * logged(whole)[0]["grad_norm"]
+    assert torch.equal(parameters(whole), parameters(unlikelier))
+    assert not torch.equal(before, parameters(whole))
+
+
+def test_topr_of_positives_needs_no_writer(tmp_path):
+    """Their weight is 1 whatever the writer: offline it is maximum likelihood of what was right."""
+    scores = [[1.0] * G] * 8
+    runs = [
+        run(tmp_path, listed(scores=scores, logps=[[logp] * G] * 8), "offline", **TOPR)
+        for logp in (0.0, -1e3)
+    ]
+    assert torch.equal(*map(parameters, runs))
+    assert [row["taper"] for row in logged(runs[0])[:-1]] == [1.0, 1.0]
+
+
+def test_copg_logs_how_far_the_optimum_is(tmp_path):
+    """Its loss is the variance of the returns over 2β, and its step is AGRO's but for rounding."""
+    copg = run(tmp_path, listed(), "offline", loss_type="copg", max_steps=1)
+    row = logged(copg)[0]
+    assert row["loss"] == pytest.approx(row["return_variance"] / (2 * 0.1), rel=1e-4)
+    agro = run(tmp_path, listed(), "offline", max_steps=1)
+    assert row["grad_norm"] == pytest.approx(logged(agro)[0]["grad_norm"], rel=1e-4)
+
+
 REFUSED = {
     "full replay": ({"mode": "full", "replay_rounds": 1}, "replay_rounds=1"),
     "share alone": ({"replay_share": 0.3}, "replay_share=0.3"),
@@ -200,7 +242,14 @@ REFUSED = {
     "beta": ({"beta": 0.0}, "beta=0.0"),
     "mode": ({"mode": "half"}, "mode='half'"),
     "data_source": ({"data_source": "elsewhere"}, "data_source='elsewhere'"),
-    "loss_type": ({"loss_type": "grpo"}, "loss_type"),
+    "loss_type": ({"loss_type": "grpo"}, "loss_type='grpo' is none of agro, copg, topr"),
+    "copg full": ({"loss_type": "copg", "mode": "full"}, "mode='full'"),
+    "topr kl": ({"loss_type": "topr", "beta": 0.1}, "beta=0.1 is not applied"),
+    "topr mixed": ({"loss_type": "topr", "data_source": "mixed"}, "data_source='mixed'"),
+    "topr replay": ({"loss_type": "topr", "data_source": "replay"}, "data_source='replay'"),
+    "topr buffer": ({"loss_type": "topr", "replay_rounds": 1}, "replay_rounds=1"),
+    "topr truncated": ({"loss_type": "topr", "top_p": 0.9}, "top_p=0.9"),
+    "topr tempered": ({"loss_type": "topr", "temperature": 0.7}, "temperature=0.7"),
     "epsilon": ({"epsilon": 0.3}, "epsilon=0.3"),
     "full offline": ({"mode": "full", "data_source": "offline"}, "data_source='offline'"),
     "full stale": ({"mode": "full", "num_iterations": 2}, "2 optimizer steps"),
@@ -232,6 +281,16 @@ def test_what_is_refused(name, tmp_path):
 def test_a_dataset_that_does_not_fit(dataset, source, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         run(tmp_path, dataset(), source)
+
+
+@pytest.mark.parametrize(
+    ("logps", "says"),
+    [(None, "no column 'logps'"), (0.5, "'logps' holds 0.5"), (math.nan, "'logps' holds nan")],
+)
+def test_a_writer_without_log_probabilities(logps, says, tmp_path):
+    columns = {} if logps is None else {"logps": [[logps] * G] * 8}
+    with pytest.raises(ValueError, match=says):
+        run(tmp_path, listed(**columns), "offline", **TOPR)
 
 
 def test_samples_of_another_temperature_are_welcome(tmp_path):

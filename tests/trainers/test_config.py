@@ -14,6 +14,7 @@ from trl_ext import (
     GRPOConfig,
     GRPOTrainer,
     MajorityVoteConfig,
+    MTPOConfig,
     NashConfig,
     OnlineDPOConfig,
     PassAtKConfig,
@@ -23,7 +24,7 @@ from trl_ext.trainers.group import IGNORED
 from trl_ext.trainers.nash import PAPER_VALUES
 
 K_SAMPLE = {PassAtKConfig: {}, MajorityVoteConfig: {"answer_extractor": first_letter, "k": 2}}
-OF_GROUPS = {OnlineDPOConfig: {}, NashConfig: {"judge": "bradley_terry"}}
+OF_GROUPS = {OnlineDPOConfig: {}, NashConfig: {"judge": "bradley_terry"}, MTPOConfig: {}}
 
 
 def config(cls, folder="out", **options):

@@ -33,7 +33,7 @@ def run(folder, *, policy=POLICY, rewards=REWARDS, laws=None, sampler=None, **op
         AGROTrainer,
         lambda f: AGROConfig(f, **options),
         policy,
-        REFERENCE,
+        REFERENCE if options["beta"] else None,
         PROMPTS[0],
         rewards.__getitem__,
         sampler,
@@ -56,6 +56,44 @@ def half_variance(weights, law_C):
 def test_on_foreign_completions_it_is_the_variance(G, tmp_path):
     actual = run(tmp_path, laws=[FOREIGN] * G, num_generations=G)
     assert_same_gradient(actual, gradient_of(lambda w: half_variance(w, FOREIGN), POLICY))
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_pairs_of_copg_have_the_same_gradient(G, tmp_path):
+    actual = run(tmp_path, laws=[FOREIGN] * G, num_generations=G, loss_type="copg")
+    assert_same_gradient(actual, gradient_of(lambda w: half_variance(w, FOREIGN), POLICY))
+
+
+def test_an_unscorable_completion_leaves_copg_exact(tmp_path):
+    """Pairs with an unscorable completion are left out: the variance among the others, times the
+    probability that a group of three has two or more of them."""
+    rewards = {**REWARDS, COMPLETIONS[1]: None}
+    known = torch.tensor([float(rewards[c] is not None) for c in COMPLETIONS]).double()
+    scorable = FOREIGN @ known
+    law = FOREIGN * known / scorable
+    share = scorable**3 + 3 * scorable**2 * (1 - scorable)
+    gradient = gradient_of(lambda w: share * half_variance(w, law), POLICY)
+    options = dict(laws=[FOREIGN] * 3, num_generations=3, loss_type="copg")
+    assert_same_gradient(run(tmp_path, rewards=rewards, **options), gradient)
+
+
+SIGNED = {c: r - 0.6 for c, r in REWARDS.items()}
+TOPR = {"loss_type": "topr", "beta": 0.0, "rewards": SIGNED}
+
+
+def tapered(writer):
+    """−E_μ w r log π with w of the policy of now, held fixed."""
+    mu_C, reward_C = law_of(writer), torch.tensor(list(SIGNED.values())).double()
+    ratio_C = (law_of(POLICY) / mu_C).clamp(max=1)
+    weight_C = mu_C * torch.where(reward_C < 0, ratio_C, 1.0) * reward_C
+    return lambda weights: -weight_C @ sequence_logps(weights)
+
+
+@pytest.mark.parametrize("writer", [POLICY, OTHER], ids=["fresh", "stale"])
+def test_topr_fades_negatives_by_who_wrote_them(writer, tmp_path):
+    stale = dict(sampler=OTHER, num_iterations=2) if writer is OTHER else {}
+    actual = run(tmp_path, **TOPR, **stale)
+    assert_same_gradient(actual, gradient_of(tapered(writer), POLICY))
 
 
 def regularised_objective(weights):

@@ -33,11 +33,12 @@ from tests.runs import (
     parameters,
     relative,
     speak,
+    told_rollouts,
     vowels,
 )
 from tests.their_online_dpo import their_online_dpo
 from tests.tiny import tiny_llama, tiny_prompts
-from trl_ext import GRPOTrainer, NashTrainer, OnlineDPOTrainer
+from trl_ext import AGROTrainer, GRPOTrainer, NashTrainer, OnlineDPOTrainer, VinePPOTrainer
 
 each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
 each_of_tokens = pytest.mark.parametrize("trainer", OF_TOKENS, ids=lambda t: t.__name__)
@@ -52,6 +53,8 @@ GROUP_CASES: dict[str, tuple[type, dict]] = {
     "best_of_k_sft": (OnlineDPOTrainer, {"loss_type": "best_of_k_sft"}),
     "rloo": (OnlineDPOTrainer, {"loss_type": "rloo"}),
     "judged": (OnlineDPOTrainer, {"judge": by_letters, "judge_both_orders": True}),
+    "agro": (AGROTrainer, {}),
+    "copg": (AGROTrainer, {"loss_type": "copg"}),
     "nash_md": (NashTrainer, {}),
     "judged game": (NashTrainer, {"judge": by_letters, "judge_both_orders": True}),
     **ALGORITHMS,
@@ -100,6 +103,8 @@ def gradient_of_one_step(trainer, folder, rows=16, accumulation=1, reward_funcs=
         given["train_dataset"] = tiny_prompts(16).select([0, 5, 11, 4, 1, 10, 2, 3])
     run = build(trainer, folder, arguments=given, **options)
     moved_reference(run)
+    if trainer is VinePPOTrainer:
+        run._continued = told_rollouts
     run.train()
     return caught.steps[0], logged(run)[0]
 
@@ -200,6 +205,14 @@ def one_process(trainer, folder, name):
 def test_two_processes_equal_one(trainer, case, two_processes, tmp_path):
     one = one_process(trainer, tmp_path, case)
     assert relative(two_processes[f"{trainer.__name__} {case}"], one) <= 1e-5
+
+
+def test_two_processes_whiten_over_the_tokens_of_both(two_processes, tmp_path):
+    from tests.trainers.two_processes import CASES
+
+    options = dict(CASES["dr_grpo"], whiten=True)
+    one, _ = gradient_of_one_step(VinePPOTrainer, tmp_path, rows=8, **options)
+    assert relative(two_processes["whitened"], one) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ON_TWO_RANKS)

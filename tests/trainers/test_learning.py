@@ -9,9 +9,11 @@ from trl_ext import (
     GRPOTrainer,
     JEPOTrainer,
     MajorityVoteTrainer,
+    MTPOTrainer,
     NashTrainer,
     OnlineDPOTrainer,
     PassAtKTrainer,
+    VinePPOTrainer,
 )
 from trl_ext.evals import evaluate_generations
 
@@ -40,7 +42,9 @@ OBJECTIVE = {
     OnlineDPOTrainer: ("pass@1", {"beta": 0.1}),
     AGROTrainer: ("pass@1", {"beta": 0.01}),
     JEPOTrainer: ("pass@1", {"combine_with_reward": True, "marker": "a", "format_penalty": 0.0}),
+    MTPOTrainer: ("pass@1", {"judge": the_same_twice, "beta": 0.01}),
     NashTrainer: ("pass@1", {"algorithm": "nash_md", "judge": the_same_twice, "beta": 0.01}),
+    VinePPOTrainer: ("pass@1", {"beta": 0.0, "splitter": "tests.runs:each_letter"}),
 }
 
 

@@ -27,7 +27,7 @@ from tests.runs import (
     vowels,
 )
 from tests.tiny import tiny_llama, tiny_prompts
-from trl_ext import JEPOTrainer, NashTrainer, OnlineDPOTrainer
+from trl_ext import JEPOTrainer, MTPOTrainer, NashTrainer, OnlineDPOTrainer
 from trl_ext.trainers.group import IGNORED
 
 each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
@@ -53,7 +53,7 @@ def refusal(trainer, options):
         return pytest.raises(ValueError, match=r"kl_gradient='sequence_vocab' is none of sequence,")
     if trainer is JEPOTrainer and "temperature" in options:
         return pytest.raises(ValueError, match=r"temperature=0\.7 is not supported with bound=")
-    if trainer is NashTrainer and "temperature" in options:
+    if trainer in (MTPOTrainer, NashTrainer) and "temperature" in options:
         return pytest.raises(ValueError, match=r"temperature=.*scale_logps_by_temperature=True")
     return nullcontext()
 

@@ -10,7 +10,7 @@ import tests.conftest  # noqa: F401  the settings of every test
 from tests.processes import leave
 from tests.runs import OF_TOKENS, build, parameters
 from tests.trainers.test_invariance import GROUP_CASES, ON_TWO_RANKS, gradient_of_one_step
-from trl_ext import GRPOTrainer, OnlineDPOTrainer
+from trl_ext import GRPOTrainer, OnlineDPOTrainer, VinePPOTrainer
 
 # Four rows on each rank: a group of eight is split over both.
 CASES = {
@@ -31,6 +31,8 @@ def main(folder: Path) -> None:
         trainer, options = GROUP_CASES[name]
         gradient, row = gradient_of_one_step(trainer, folder, rows=4, **options)
         found["groups"][name], found["rows"][name] = gradient, row
+    whitened = dict(CASES["dr_grpo"], whiten=True)
+    found["whitened"], _ = gradient_of_one_step(VinePPOTrainer, folder, rows=4, **whitened)
     found["mutated: local token count"] = with_local_token_count(folder)
     found["mutated: rewards of rank 0"] = with_rewards_of_rank_0(folder)
     for name, trainer, own in (

@@ -21,9 +21,6 @@ from trl_ext.objectives.kl import k3, vocab_kl
 # Probabilities that exist at once while two next-token laws are compared.
 PROBABILITIES_AT_ONCE = 2**22
 
-# Filters that a model may bring in its own generation config, switched off.
-UNFILTERED = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-
 
 @dataclass(frozen=True, kw_only=True)
 class DriftOptions(SamplingOptions):
@@ -123,7 +120,8 @@ def policy_drift(
     """
     checked = DriftOptions(**options)
     model = likelihood.check_reference(whole_model(model), reference)
-    config = sampling.generation_config(model, tokenizer, {**UNFILTERED, **checked.sampling})
+    unfiltered = {**sampling.UNFILTERED, **checked.sampling}
+    config = sampling.generation_config(model, tokenizer, unfiltered)
 
     def rows_of(_: int, columns: dict) -> list[tuple[float, ...]]:
         prompt_ids = sampling.tokenize_prompts(

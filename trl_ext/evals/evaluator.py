@@ -22,6 +22,9 @@ SHARED_FIELDS = {
     "chat_template_kwargs": "chat_template_kwargs",
     "answer_extractor": "answer_extractor",
     "unparsable": "unparsable",
+    "marker": "marker",
+    "answer_prefix": "answer_prefix",
+    "answer_eos": "answer_eos",
     "per_device_eval_batch_size": "batch_size",
     "disable_tqdm": "disable_tqdm",
 }

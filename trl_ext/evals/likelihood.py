@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trl_ext.adapters import as_reference
-from trl_ext.evals.sampling import evaluation_mode
 from trl_ext.evals.shares import whole_model
+from trl_ext.modes import evaluation_mode
 
 # Prompt and completion, token ids.
 Row = tuple[list[int], list[int]]
@@ -71,7 +71,7 @@ def _width_of_logits(rows: list[Row]) -> int:
 
 def token_logps(logits_TV: Tensor, token_ids: list[int]) -> Tensor:
     """`(T,)` log-probabilities of a completion's tokens, nats."""
-    ids_T1 = torch.tensor(token_ids, device=logits_TV.device).unsqueeze(1)
+    ids_T1 = torch.tensor(token_ids, dtype=torch.long, device=logits_TV.device).unsqueeze(1)
     return logits_TV.log_softmax(-1).gather(1, ids_T1).squeeze(1)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from trl_ext.objectives.jepo import bound_estimate
 from trl_ext.objectives.majority import Unparsable, majority_at_k
 from trl_ext.objectives.pkpo import max_at_k
 from trl_ext.objectives.scorable import scorable_groups
@@ -86,6 +87,27 @@ def per_prompt_estimates(
             estimates[f"maj@{k}"] = over_scorable(majority, success_PG, labels_PG, least=k)
     estimates["mean_reward"] = rewards_PG.nanmean(1)
     return estimates
+
+
+def nll_bounds(answer_logp_PG: Tensor, ks: tuple[int, ...]) -> dict[str, Tensor]:
+    """Upper bounds −Lₖ on the answer's negative log-likelihood, as `nll_L1`, `nll_L2`, ...
+
+    −log π(a*|x) ≤ −Lₖ = −E log (1/k) Σⱼ π(a*|x, cⱼ),   falling in k
+
+    Args:
+        answer_logp_PG: `(P, G)`, log π(a*|x, c) of G thoughts, nats; NaN where a thought has no
+            marker. It is left out: the bounds are those of the policy given that it comes to one.
+        ks: numbers of thoughts, each in [1, G].
+
+    Returns:
+        One `(P,)` per k, nats, unbiased; NaN for a prompt with fewer than k thoughts with a marker.
+
+    Source: arXiv:2503.19618.
+    """
+    return {
+        f"nll_L{k}": -over_scorable(partial(bound_estimate, n=k), answer_logp_PG.double(), least=k)
+        for k in ks
+    }
 
 
 def pass_hat_k(success_PG: Tensor, k: int) -> Tensor:

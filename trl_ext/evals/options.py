@@ -9,6 +9,11 @@ from trl_ext.evals.scoring import AnswerExtractor
 from trl_ext.objectives.majority import Unparsable
 from trl_ext.resolve import resolve
 
+# Sampling options under which completions are samples of the policy itself, and those that cannot
+# change what is sampled.
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+HARMLESS = ("max_new_tokens", "cache_implementation")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
@@ -100,6 +105,12 @@ class EvaluationOptions(SamplingOptions):
             evaluator takes it from the config of a `MajorityVoteTrainer`.
         success_threshold: least reward of a correct completion.
         reward_weights: one per reward function; 1 by default.
+        marker: text behind which a completion gives its answer; empty for answers without a
+            thought. Enables the bounds Lₖ on the likelihood of the column `answer`. They are of the
+            policy itself: temperature 1, no filter. The evaluator takes this and the next two from
+            the config of a `JEPOTrainer`.
+        answer_prefix: text between marker and answer, tokenised with the answer.
+        answer_eos: whether the end of sequence belongs to the answer.
     """
 
     num_generations: int = 16
@@ -108,13 +119,27 @@ class EvaluationOptions(SamplingOptions):
     unparsable: Unparsable = "null"
     success_threshold: float = 1.0
     reward_weights: Sequence[float] | None = None
+    marker: str | None = None
+    answer_prefix: str = " "
+    answer_eos: bool = True
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_bounds()
         if self.unparsable not in get_args(Unparsable):
             raise ValueError(f"unparsable={self.unparsable!r} is none of null, exclude.")
         checked_ks(self.ks, self.num_generations)
         _ = self.extractor
+
+    def _check_bounds(self):
+        given = {name: value for name, value in self.sampling.items() if name not in HARMLESS}
+        changed = {name: value for name, value in given.items() if value != PLAIN.get(name)}
+        if self.marker is not None and changed:
+            raise ValueError(
+                f"marker={self.marker!r} with {changed}: the bounds on the answer's likelihood are "
+                f"those of the policy, and thoughts would come from another one. Leave {PLAIN} as "
+                "they are and add no other filter, or set marker=None for no bounds."
+            )
 
     @property
     def k_values(self) -> tuple[int, ...]:

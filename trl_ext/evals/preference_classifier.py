@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from trl_ext.completions import completion_token_ids
-from trl_ext.evals import likelihood, sampling
+from trl_ext.completions import completion_token_ids, tokenize_prompt
+from trl_ext.evals import likelihood
 from trl_ext.evals.evaluator import Evaluator
 from trl_ext.evals.metrics import summarise, won
 from trl_ext.evals.options import BatchOptions
@@ -129,7 +129,7 @@ def evaluate_preferences(
 def _tokenized(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, pair: list, template: dict[str, Any]
 ) -> list[likelihood.Row]:
-    prompt_ids = sampling.tokenize_prompt(tokenizer, prompt, template)
+    prompt_ids = tokenize_prompt(tokenizer, prompt, template)
     return [
         (prompt_ids, completion_token_ids(tokenizer, prompt, completion, prompt_ids, template))
         for completion in pair

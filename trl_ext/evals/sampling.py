@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_ext.completions import tokenize_prompt
+
 Prompt = str | list[dict[str, Any]]
 
 # Either one completion per row and its end would no longer be known, or two sources would disagree.
@@ -25,34 +27,16 @@ RESERVED = {
 }
 
 
+# Filters that a model may bring in its own generation config, switched off.
+UNFILTERED = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
+
 @dataclass(frozen=True)
 class Completion:
     """Sampled tokens up to and including the first end of sequence."""
 
     token_ids: list[int]
     truncated: bool
-
-
-def tokenize_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template_kwargs: dict[str, Any]
-) -> list[int]:
-    """Token ids of a prompt, rendered as TRL's trainers render it."""
-    if isinstance(prompt, str):
-        encoded: Any = tokenizer(text=prompt)
-    else:
-        encoded = tokenizer.apply_chat_template(
-            prompt,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **chat_template_kwargs,
-        )
-    if not encoded["input_ids"]:
-        raise ValueError(
-            f"prompt={prompt!r} has no tokens: nothing predicts the first token of its completion. "
-            "Give it a text, or the tokenizer a beginning-of-sequence token."
-        )
-    return encoded["input_ids"]
 
 
 def tokenize_prompts(
@@ -63,7 +47,7 @@ def tokenize_prompts(
     repeat: int = 1,
 ) -> list[list[int]]:
     """Token ids of each prompt, `repeat` times in a row."""
-    ids = [tokenize_prompt(tokenizer, prompt, chat_template_kwargs or {}) for prompt in prompts]
+    ids = [tokenize_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     return [row for row in ids for _ in range(repeat)]
 
 
@@ -150,18 +134,6 @@ def _until_end(row: list[int], ends: set[int]) -> Completion:
         if token in ends:
             return Completion(row[: position + 1], truncated=False)
     return Completion(row, truncated=True)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Switches dropout off, and gives every module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def score(
     columns: dict[str, list[Any]],
     trainer_state: Any = None,
 ) -> list[float]:
-    """Weighted sum of the rewards of each completion; NaN where every function returned None."""
+    """Weighted sum of the rewards of each completion; NaN where no function returned a number."""
     arguments = {
         **columns,
         "prompts": prompts,
@@ -67,7 +67,7 @@ def score(
         "log_metric": _discard,
     }
     rewards = [_rewards_of(func, arguments, len(prompts)) for func in funcs]
-    return [_weighted_sum(row, weights) for row in zip(*rewards, strict=True)]
+    return [_weighted_sum([each[i] for each in rewards], weights) for i in range(len(prompts))]
 
 
 def _discard(name: str, value: Any) -> None:
@@ -94,7 +94,7 @@ def _rewards_of(func: RewardFunc, arguments: dict[str, Any], rows: int) -> list[
     return rewards
 
 
-def _weighted_sum(rewards: tuple[float, ...], weights: list[float]) -> float:
+def _weighted_sum(rewards: list[float], weights: list[float]) -> float:
     scored = [w * r for w, r in zip(weights, rewards, strict=True) if not math.isnan(r)]
     return sum(scored) if scored else math.nan
 

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from trl_ext.evals.sampling import evaluation_mode, own_random_state, seed_everything
+from trl_ext.evals.sampling import own_random_state, seed_everything
+from trl_ext.modes import evaluation_mode
 
 Row = TypeVar("Row")
 Columns = dict[str, list[Any]]

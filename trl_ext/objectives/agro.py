@@ -84,19 +84,23 @@ def agro_full_loss(returns_PM: Tensor, logp_PM: Tensor, beta: float) -> Tensor:
 def copg_loss(rewards_PM: Tensor, logp_PM: Tensor, ref_logp_PM: Tensor, beta: float) -> Tensor:
     """Contrastive policy gradient: pairs of completions should differ in R by nothing.
 
-    loss = 1/(4β M(M−1)) Σ_{i≠j} (Rᵢ − Rⱼ)²,   R differentiated
+    Σ over i of loss = 1/(4β (M−1)) Σ_{i≠j} (Rᵢ − Rⱼ)²,   R differentiated
 
     Args:
-        rewards_PM, logp_PM, ref_logp_PM, beta: as in `regularised_reward`, all scorable; M ≥ 2.
+        rewards_PM, logp_PM, ref_logp_PM, beta: as in `regularised_reward`; M ≥ 2.
 
     Returns:
-        `(P,)`. Its gradient is that of the mean of `agro_loss`: the two papers agree.
+        `(P, M)`; the mean over M is Var(R) / 2β, unbiased, and its gradient that of the mean of
+        `agro_loss`: the two papers agree, and this value tells how far π* is. Unscorable
+        completions and equal returns as in `agro_loss`.
 
     Source: arXiv:2406.19185.
     """
     assert rewards_PM.shape == logp_PM.shape == ref_logp_PM.shape, rewards_PM.shape
+    assert beta > 0, beta
     returns_PM = rewards_PM - beta * (logp_PM - ref_logp_PM)
-    return returns_PM.var(1) / (2 * beta)
+    variance_PM = credit_of_scorable(_variance, returns_PM, min_samples=2)
+    return variance_PM / (2 * beta) + 0 * logp_PM  # differentiable where there is no pair at all
 
 
 def topr_loss(rewards_PM: Tensor, logp_PM: Tensor, old_logp_PM: Tensor) -> Tensor:
@@ -110,14 +114,19 @@ def topr_loss(rewards_PM: Tensor, logp_PM: Tensor, old_logp_PM: Tensor) -> Tenso
         old_logp_PM: `(P, M)`, of μ, the policy that wrote the completion.
 
     Returns:
-        `(P, M)`; 0 where unscorable.
+        `(P, M)`; 0 where unscorable. A reward of 0 teaches nothing. For π = μ it is REINFORCE.
 
     Source: arXiv:2503.14286.
     """
     assert rewards_PM.shape == logp_PM.shape == old_logp_PM.shape, rewards_PM.shape
-    taper_PM = (logp_PM - old_logp_PM).detach().clamp(max=0).exp()
-    weight_PM = torch.where(rewards_PM < 0, taper_PM, 1.0) * rewards_PM
+    weight_PM = taper(rewards_PM, logp_PM, old_logp_PM) * rewards_PM
     return -weight_PM.nan_to_num() * logp_PM
+
+
+def taper(rewards_PM: Tensor, logp_PM: Tensor, old_logp_PM: Tensor) -> Tensor:
+    """w of `topr_loss`, of the same arguments: `(P, M)` in [0, 1], without gradient."""
+    ratio_PM = (logp_PM - old_logp_PM).detach().clamp(max=0).exp()
+    return torch.where(rewards_PM < 0, ratio_PM, 1.0)
 
 
 def _weight(rule: Callable[[Tensor], Tensor], returns_PM: Tensor, logp_PM: Tensor) -> Tensor:
@@ -128,6 +137,12 @@ def _weight(rule: Callable[[Tensor], Tensor], returns_PM: Tensor, logp_PM: Tenso
 
 def _against_others(returns: Tensor) -> Tensor:
     return returns - leave_one_out(returns)
+
+
+def _variance(returns: Tensor) -> Tensor:
+    """`(P, n)`: the mean over n is the unbiased variance, exactly 0 for equal returns."""
+    n = returns.size(1)
+    return _against_others(returns).square() * (n - 1) / n
 
 
 def _spread_without(returns: Tensor) -> Tensor:

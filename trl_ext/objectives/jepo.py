@@ -17,6 +17,7 @@ Source: arXiv:2503.19618, whose printed formulas omit a logarithm and print aᵢ
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -31,6 +32,9 @@ Scale = Literal["group", "batch", "none"]
 
 # As TRL's: answers that differ by rounding only must not be told apart.
 MIN_DEVIATION = 1e-4
+
+# Subsets of the samples that `bound_estimate` averages over: all of 16 by 8 fit.
+MOST_SUBSETS = 2**14
 
 
 def answer_logp(token_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -222,27 +226,39 @@ def mean_probability_reward(
     return (p_BT.sum(1) / in_answer_BT.sum(1) - baseline_B).clamp(0.0, 1.0)
 
 
-def bound_estimate(answer_logp_PM: Tensor, n: int) -> Tensor:
-    """Unbiased estimate of Lₙ from M ≥ n thoughts: log (1/n) Σ p, averaged over all subsets.
+def bound_estimate(answer_logp_PM: Tensor, n: int, most_subsets: int = MOST_SUBSETS) -> Tensor:
+    """Unbiased estimate of Lₙ from M ≥ n thoughts: log (1/n) Σ p, averaged over subsets of n.
 
-    No other unbiased estimate of these samples varies less. The log-mean-exp of all M estimates
-    L_M, which is higher: bounds of different n are compared only through this.
+    All C(M, n) subsets are visited where that many are allowed; then no other unbiased estimate of
+    these samples varies less, and the estimate never falls in n. Of more, a fixed choice is
+    visited that uses all samples alike. The log-mean-exp of all M estimates L_M, which is higher:
+    bounds of different n are compared only through this.
 
     Args:
         answer_logp_PM: `(P, M)`, nats, finite.
-        n: size of the subsets, in [1, M]; there are C(M, n) of them, each of which is visited.
+        n: size of the subsets, in [1, M].
+        most_subsets: number of subsets to visit, ≥ 1.
 
     Returns:
-        `(P,)`, nats, ≤ log π(a*|x) in expectation. It never falls in n; equal log p give exactly
-        log p.
+        `(P,)`, nats, ≤ log π(a*|x) in expectation; equal log p give exactly log p.
     """
     assert answer_logp_PM.dim() == 2, answer_logp_PM.shape
     M = answer_logp_PM.size(1)
     assert 1 <= n <= M, f"n={n} is outside [1, {M}]"
-    subsets_Sn = torch.tensor([*itertools.combinations(range(M), n)], device=answer_logp_PM.device)
+    subsets_Sn = _subsets(M, n, most_subsets).to(answer_logp_PM.device)
     least_P = answer_logp_PM.amin(1)
     above = [_log_mean_exp(row[subsets_Sn]).mean() for row in answer_logp_PM - least_P[:, None]]
     return least_P + torch.stack(above)
+
+
+def _subsets(M: int, n: int, most: int) -> Tensor:
+    """`(S, n)`, all subsets of n among M; of more than `most` those that permutations cut out."""
+    if math.comb(M, n) <= most:
+        return torch.tensor([*itertools.combinations(range(M), n)])
+    disjoint = M // n
+    generator = torch.Generator().manual_seed(0)
+    permuted = torch.rand(-(-most // disjoint), M, generator=generator).argsort(1)
+    return permuted[:, : disjoint * n].reshape(-1, n)
 
 
 def _of_scored(

@@ -21,7 +21,7 @@ class Request:
         version: number of optimizer steps behind those weights.
         seed: seeds the sampler's random state for this request.
         rng_state: or: the state in which the generator of the sampling device goes on.
-        opponent: who answers in the second half of each group; None: the policy alone.
+        opponent: a second policy that takes part in sampling; None: the policy alone.
         scored: whether log-probabilities are wanted, which cost a forward pass.
     """
 

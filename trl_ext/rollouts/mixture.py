@@ -11,10 +11,25 @@ from trl_ext.adapters import as_reference
 from trl_ext.rollouts._inputs import accepted, positions
 
 
-class GeometricMixture(LogitsProcessor):
-    """Turns the policy's scores into those of the mixture, row by row.
+def mixed_logps(logits: Tensor, opponent_logits: Tensor, coefficient: Tensor | float) -> Tensor:
+    """Log-probabilities of the geometric mixture of two next-token laws.
 
     log p(a|s) = (1 − c) log π(a|s) + c log μ(a|s) − log Z(s)
+
+    Args:
+        logits, opponent_logits: `(..., V)` of π and μ, up to a constant per law; −∞ in π is 0 in p.
+        coefficient: c in [0, 1], a number or one that broadcasts.
+
+    Returns:
+        `(..., V)`, nats, normalised.
+    """
+    mixed = (1.0 - coefficient) * logits + coefficient * opponent_logits
+    mixed = mixed.masked_fill(logits.isneginf(), -torch.inf)  # 0 · −∞ is NaN
+    return mixed.log_softmax(-1)
+
+
+class GeometricMixture(LogitsProcessor):
+    """Turns the policy's scores into those of the mixture, row by row; see `mixed_logps`.
 
     transformers applies it before the temperature: rows are drawn from p^(1/τ), normalised. Rows
     with c = 0 keep their scores to the bit. A token that the policy's other processors forbid stays
@@ -69,10 +84,8 @@ class GeometricMixture(LogitsProcessor):
                 f"opponent_model gives {opponent.size(-1)} scores where the policy gives "
                 f"{scores.size(-1)}: the two must share one vocabulary."
             )
-        own = scores[self._rows]
-        mixed = (1.0 - self._coefficient) * own + self._coefficient * opponent
-        mixed = mixed.masked_fill(own.isneginf(), -torch.inf)  # 0 · −∞ is NaN
-        return scores.index_copy(0, self._rows, mixed.log_softmax(-1).to(scores.dtype))
+        mixed = mixed_logps(scores[self._rows], opponent, self._coefficient)
+        return scores.index_copy(0, self._rows, mixed.to(scores.dtype))
 
     @torch.no_grad()
     def _opponent_logits(self, input_ids: Tensor) -> Tensor:

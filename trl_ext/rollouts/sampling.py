@@ -1,6 +1,6 @@
 """Samples one completion per prompt, token for token as TRL does without a server."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +25,16 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Opponent:
-    """Who answers in the second half of each group, and how much of it is the opponent.
+    """A second policy that takes part in sampling: in which rows, and how much of it.
 
     Args:
         coefficient: c of the law ∝ π^(1−c) · μ^c, in [0, 1]; 1 is the opponent μ alone.
-        group_size: rows of one prompt, an even number; they stand one after another.
+        group_size: it answers in the second half of each group of so many rows, an even number;
+            the rows of a group stand one after another. None: it takes part in every row.
     """
 
     coefficient: float
-    group_size: int
+    group_size: int | None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.coefficient <= 1.0:
@@ -41,13 +42,20 @@ class Opponent:
                 f"coefficient={self.coefficient} is no weight of a mixture. Give a number from 0 "
                 "(the policy) to 1 (the opponent)."
             )
-        if self.group_size < 2 or self.group_size % 2:
+        if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
             raise ValueError(
-                f"group_size={self.group_size} has no second half. Give an even number, at least 2."
+                f"group_size={self.group_size} has no second half. Give an even number, at least "
+                "2, or None for every row."
             )
 
+    @property
+    def in_every_row(self) -> bool:
+        return self.group_size is None
+
     def coefficients(self, rows: int) -> Tensor:
-        """`(B,)`, 0 in the first half of each group."""
+        """`(B,)`, c, and 0 in the first half of each group."""
+        if self.group_size is None:
+            return torch.full((rows,), self.coefficient)
         if rows % self.group_size:
             raise ValueError(
                 f"prompt_ids has {rows} rows, which is not a multiple of "
@@ -89,7 +97,8 @@ def sample(
     input_ids, mask = pad_left(prompt_ids, generation_config.pad_token_id, pad_to_multiple_of)
     inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
     if opponent is not None and opponent.coefficient > 0.0:
-        _refuse_partial_options(generation_config)
+        reason = "with an opponent: it would act on the policy's scores and not on the opponent's"
+        refuse_options(generation_config, NEUTRAL, reason)
         coefficient_B = opponent.coefficients(len(prompt_ids)).to(device)
         mixture = GeometricMixture(
             model, coefficient_B, inputs["attention_mask"], opponent_model=opponent_model
@@ -98,21 +107,26 @@ def sample(
     with torch.no_grad():
         sequences = model.generate(**inputs, generation_config=generation_config)
     ends = set(eos_token_ids)
-    return [_until_end(row, ends) for row in sequences[:, input_ids.size(1) :].tolist()]
+    return [until_end(row, ends) for row in sequences[:, input_ids.size(1) :].tolist()]
 
 
-def _until_end(row: list[int], ends: set[int]) -> list[int]:
+def until_end(row: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to and including the first that ends a completion."""
     for position, token in enumerate(row):
         if token in ends:
             return row[: position + 1]
     return row
 
 
-def _refuse_partial_options(config: GenerationConfig) -> None:
-    for name, neutral in NEUTRAL.items():
+def refuse_options(config: GenerationConfig, neutral: Mapping[str, tuple], reason: str) -> None:
+    """Each generation option named must have one of its values that do nothing.
+
+    Raises:
+        ValueError: one has another; "not supported" and the reason are said of it.
+    """
+    for name, values in neutral.items():
         value = getattr(config, name, None)
-        if value not in neutral:
+        if value not in values:
             raise ValueError(
-                f"{name}={value!r} is not supported with an opponent: it would act on the policy's "
-                f"scores and not on the opponent's. Leave it at {neutral[-1]!r}."
+                f"{name}={value!r} is not supported {reason}. Leave it at {values[-1]!r}."
             )

@@ -30,6 +30,27 @@ def thought_length(token_ids: Sequence[int], tokenizer: Any, marker: str) -> int
     return bisect.bisect_left(range(len(token_ids) + 1), True, key=complete)
 
 
+def answer_token_ids(tokenizer: Any, row: dict[str, Any], prefix: str, eos: bool) -> list[int]:
+    """Tokens of the reference answer of a row of the dataset.
+
+    Args:
+        tokenizer: of the policy.
+        row: with the answer as a text in its column `answer`.
+        prefix: text between marker and answer, tokenised with the answer.
+        eos: whether the end of sequence belongs to the answer.
+
+    Raises:
+        ValueError: the row has no text in its column `answer`.
+    """
+    if not isinstance(row.get("answer"), str):
+        raise ValueError(
+            f"the dataset's column 'answer' holds {row.get('answer')!r}, columns {sorted(row)}: "
+            "the reference answer is needed as a text."
+        )
+    ids = tokenizer(prefix + row["answer"], add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if eos else ids
+
+
 def with_answers(
     completion_ids_BT: Tensor,
     completion_mask_BT: Tensor,

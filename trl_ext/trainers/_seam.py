@@ -15,6 +15,7 @@ import inspect
 import itertools
 import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ from trl_ext.rollouts import (
     Opponent,
     Request,
     Rollout,
+    branch,
+    mixed_logps,
     positions,
     random_state,
     sample,
@@ -86,6 +89,7 @@ from trl_ext.trainers.group_rows import (
 )
 from trl_ext.trainers.judging import bradley_terry, judged
 from trl_ext.trainers.replay_buffer import ReplayBuffer
+from trl_ext.trainers.token_credit import Round, TokenCredit, refuse_what_branching_lacks
 
 check_host()
 _HOST_INIT = trl.GRPOTrainer.__init__
@@ -153,6 +157,7 @@ class ConstructedTrainer(trl.GRPOTrainer):
     model: Any
     ref_model: Any
     accelerator: Any
+    processing_class: Any
     max_completion_length: Any
     num_generations: Any
     num_generations_eval: Any
@@ -178,9 +183,9 @@ class ConstructedTrainer(trl.GRPOTrainer):
             if model is not None and _has_absolute_positions(self.accelerator.unwrap_model(model)):
                 model.register_forward_pre_hook(_number_positions, with_kwargs=True)
         self.add_callback(NonFiniteGuard())
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "attach"):
-                callback.attach(self)
+        for part in [*self.callback_handler.callbacks, *self.reward_funcs]:
+            if hasattr(part, "attach"):
+                part.attach(self)
 
     @property
     def sharded(self) -> bool:
@@ -399,7 +404,7 @@ class ScheduledTrainer(ResumableTrainer):
 
     @property
     def opponent(self) -> Opponent | None:
-        """Who answers in the second half of each group, if not the policy."""
+        """Who takes part in sampling besides the policy."""
         return None
 
     @property
@@ -501,10 +506,14 @@ class ScheduledTrainer(ResumableTrainer):
         else:
             torch.set_rng_state(state)
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *rest):
+    def _generate_single_turn(
+        self, prompt_ids, images, multimodal_fields, num_generations, *rest, **named
+    ):
         given = self.given_completions(self._inputs, prompt_ids)
         if given is None:
-            return self._sampled(prompt_ids, images, multimodal_fields, num_generations, *rest)
+            return self._sampled(
+                prompt_ids, images, multimodal_fields, num_generations, *rest, **named
+            )
         missing = [i for i, known in enumerate(given) if known is None]
         if missing:
             wanted = [prompt_ids[i] for i in missing]
@@ -514,12 +523,12 @@ class ScheduledTrainer(ResumableTrainer):
                 given[i] = completion
         return given, None
 
-    def _sampled(self, prompt_ids, images, multimodal_fields, num_generations, *rest):
+    def _sampled(self, prompt_ids, images, multimodal_fields, num_generations, *rest, **named):
         if self._rollout is not None:
             return self._rollout.completion_ids, self._rollout.logprobs
         if self.opponent is None:
             return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *rest
+                prompt_ids, images, multimodal_fields, num_generations, *rest, **named
             )
         with (
             unwrap_model_for_generation(
@@ -547,6 +556,30 @@ class ScheduledTrainer(ResumableTrainer):
         unwrapped: Any = self.accelerator.unwrap_model(self.model)
         with use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
             yield self.model
+
+    def _logits(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+        """Of policy and reference, `(B, T, V)` each, divided by the temperature."""
+        policy = self._tempered_logits(model, batch)
+        with torch.no_grad(), self._reference() as reference:
+            return policy, self._tempered_logits(reference, batch)
+
+    def _tempered_logits(self, model: nn.Module, batch: dict) -> Tensor:
+        ids, mask = _joined(batch)
+        T = batch["completion_ids"].size(1)
+        with self.accelerator.autocast():
+            out = model(input_ids=ids, attention_mask=mask, logits_to_keep=T + 1, use_cache=False)
+        return out.logits[:, :-1].float() / self.args.scoring_temperature
+
+    def _log_means(self, metrics: Metrics) -> None:
+        """Weighted means over all ranks; nothing is logged where all weights are 0."""
+        with torch.no_grad():
+            sums = [
+                torch.stack([(value * weight).sum(), weight.sum()]).float()
+                for value, weight in metrics.values()
+            ]
+            totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        for name, (total, weight) in zip(metrics, totals, strict=True):
+            self._metrics[self._mode()][name].append(total / weight if weight else math.nan)
 
     def _show_advantages(self, all_B: Tensor) -> None:
         """What the completions table says of all processes' rows, in place of TRL's own."""
@@ -601,8 +634,8 @@ class Tokens:
 class CreditTrainer(ScheduledTrainer):
     """Replaces what TRL multiplies with log-probabilities, and the KL it adds.
 
-    A method overrides `credit` (and `labels`, if credit compares more than rewards) or `kl_loss`;
-    what it leaves alone is TRL's.
+    A method overrides `credit` (and `labels`, if credit compares more than rewards), `token_credit`
+    or `kl_loss`; what it leaves alone is TRL's.
     """
 
     @property
@@ -623,9 +656,22 @@ class CreditTrainer(ScheduledTrainer):
         """What completions are compared by inside a group, one per row; None if by nothing."""
         return None
 
+    def token_credit(self, sampled: Round) -> TokenCredit:
+        """Credit of the tokens of this process's rows; not asked for in evaluation."""
+        raise NotImplementedError
+
     def kl_loss(self, tokens: Tokens) -> Tensor:
         """`(B, T)` loss per token whose gradient is that of the KL."""
         raise NotImplementedError
+
+    @property
+    def _credits_tokens(self) -> bool:
+        return type(self).token_credit is not CreditTrainer.token_credit
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        if self._credits_tokens:
+            refuse_what_branching_lacks(self, sees_images=self._is_vlm)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -634,7 +680,11 @@ class CreditTrainer(ScheduledTrainer):
         return rewards_BF
 
     def _generate_and_score_completions(self, inputs):
+        columns = len(inputs[0])
         output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self._credits_tokens:
+            # What a `rollout_func` adds to a row may be of its completion alone.
+            self._credit_tokens(output, alike=len(self._inputs[0]) == columns)
         if type(self).credit is not CreditTrainer.credit:
             credit_PG = self._group_credit(self._rewards_B.view(-1, self.group_size))
             silent = (credit_PG == 0).all(1).float().mean().item()
@@ -656,6 +706,106 @@ class CreditTrainer(ScheduledTrainer):
         """Local rows into the batch, all rows into the completions table."""
         output["advantages"] = self._own_rows(credit_B, output["advantages"].size(0))
         self._show_advantages(credit_B)
+
+    def _credit_tokens(self, output: dict, alike: bool) -> None:
+        if "tool_mask" in output:
+            raise ValueError(
+                f"rollout_func returned env_mask, which {type(self).__name__} does not support: "
+                "what it continues is the policy's own text. Return completions of one turn."
+            )
+        mask_BT, B = _loss_mask(output), len(self._inputs)
+        first, G = B * self.accelerator.process_index, self.group_size
+        sampled = Round(
+            rows=self._inputs,
+            labels=[(first + row) // G if alike else (row, "alone") for row in range(B)],
+            prompt_ids=_unpadded(output["prompt_ids"], output["prompt_mask"]),
+            completion_ids=_unpadded(output["completion_ids"], output["completion_mask"]),
+            rewards_B=self._own_rows(self._rewards_B, B),
+            mask_BT=mask_BT,
+            continued=self._continued,
+            rewarded=functools.partial(self._rewarded, output),
+        )
+        told = self.token_credit(sampled)
+        assert told.credit_BT.shape == mask_BT.shape, told.credit_BT.shape
+        output["advantages"] = told.credit_BT
+        mean_B = (told.credit_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1)
+        self._show_advantages(self.accelerator.gather(mean_B))
+        self._log_means(told.metrics)
+        for name, column in told.columns.items():
+            self._logs["extra"][name].extend(gather_object(column))
+
+    def _continued(
+        self, prefix_ids: list[list[int]], max_new_tokens: list[int], K: int
+    ) -> list[list[list[int]]]:
+        """K continuations of each prefix, by TRL's engine or from branches of the model's cache."""
+        started = time.perf_counter()
+        if self.use_vllm:
+            found = self._continued_by_server(prefix_ids, max_new_tokens, K)
+        else:
+            kwargs = self.args.gradient_checkpointing_kwargs
+            with unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=kwargs,
+            ) as model:
+                found = branch(
+                    model,
+                    prefix_ids,
+                    self.generation_config,
+                    branches=K,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_ids=self.eos_token_ids,
+                    rows_per_pass=self.args.rollout_batch_size or len(self._inputs),
+                )
+        self._metrics["train"]["perf/branching_s"].append(time.perf_counter() - started)
+        return found
+
+    def _continued_by_server(
+        self, prefix_ids: list[list[int]], max_new_tokens: list[int], K: int
+    ) -> list[list[list[int]]]:
+        # The engine is asked by all processes together, each with equally many rows.
+        most = max(gather_object([len(prefix_ids)]))
+        idle = [[self.eos_token_ids[0]]] * (most - len(prefix_ids))
+        asked = [ids for ids in [*prefix_ids, *idle] for _ in range(K)]
+        told, _ = self._sampled(asked, None, {}, K)
+        return [
+            [ids[:budget] for ids in told[i * K : (i + 1) * K]]
+            for i, budget in enumerate(max_new_tokens)
+        ]
+
+    def _rewarded(self, output: dict, places: list[int], completion_ids: list[list[int]]) -> Tensor:
+        """Rewards of completions that are not trained on, to the prompts of these rows."""
+        if not places:
+            return self._rewards_B[:0]
+        prompt_ids = _unpadded(output["prompt_ids"], output["prompt_mask"])
+        rows = [self._inputs[place] for place in places]
+        completions = self._shown(rows, [prompt_ids[place] for place in places], completion_ids)
+        rewards_B = self._rewards_B
+        with _own_rows_only():
+            self._calculate_rewards(
+                rows, [row["prompt"] for row in rows], completions, completion_ids
+            )
+        found, self._rewards_B = self._rewards_B, rewards_B
+        # What reward functions log is of the completions that are trained on.
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+        return found
+
+    def _shown(
+        self, rows: list[dict], prompt_ids: list[list[int]], completion_ids: list[list[int]]
+    ) -> list:
+        """Completions as TRL shows them to reward functions."""
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        if not trl.is_conversational({"prompt": rows[0]["prompt"]}):
+            return texts
+        parsers = (getattr(self._tokenizer, f"response_{x}", None) for x in ("template", "schema"))
+        if all(parser is None for parser in parsers):
+            return [[{"role": "assistant", "content": text}] for text in texts]
+        return [
+            [grpo_trainer.parse_response(self._tokenizer, ids, prefix=prefix, tools=None)]
+            for prefix, ids in zip(prompt_ids, completion_ids, strict=True)
+        ]
 
     def _kl_baseline(self, batch: dict) -> Tensor:
         """KL-to-go of the group's other completions, `(B, T)`, taken before rows are shuffled."""
@@ -731,17 +881,16 @@ class CreditTrainer(ScheduledTrainer):
             tokens_per_step=tokens,
         )
 
-    def _logits(self, model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
-        policy = self._tempered_logits(model, batch)
-        with torch.no_grad(), self._reference() as reference:
-            return policy, self._tempered_logits(reference, batch)
 
-    def _tempered_logits(self, model: nn.Module, batch: dict) -> Tensor:
-        ids, mask = _joined(batch)
-        T = batch["completion_ids"].size(1)
-        with self.accelerator.autocast():
-            out = model(input_ids=ids, attention_mask=mask, logits_to_keep=T + 1, use_cache=False)
-        return out.logits[:, :-1].float() / self.temperature
+@contextmanager
+def _own_rows_only() -> Iterator[None]:
+    """Keeps TRL from gathering rewards, of which each process may have another number."""
+    gather = grpo_trainer.gather
+    grpo_trainer.gather = lambda rewards: rewards
+    try:
+        yield
+    finally:
+        grpo_trainer.gather = gather
 
 
 @contextmanager
@@ -775,7 +924,7 @@ class GroupTrainer(ScheduledTrainer):
     def judged_places(self) -> list[tuple[int, int]]:
         """Places (i, j) in a group that a judge compares: all, or each with each opponent's."""
         G = self.group_size
-        if self.opponent is None:
+        if self.opponent is None or self.opponent.in_every_row:
             return list(itertools.combinations(range(G), 2))
         return list(itertools.product(range(G // 2), range(G // 2, G)))
 
@@ -985,9 +1134,17 @@ class GroupTrainer(ScheduledTrainer):
                     batch["ref_logp"] = self._logp(reference, rows).view(P, M, T)
             if self.uses_old_logp and off_policy and "old_logp" not in batch:
                 batch["old_logp"] = self._logp(self.model, rows).view(P, M, T)
+            if self.opponent is not None and self.opponent.in_every_row:
+                mixed_BT = self._mixture_logp(rows, self.opponent.coefficient)
+                batch["sampled_logp"] = mixed_BT.view(P, M, T)
             for name, scorer in self.also_scored().items():
                 batch[name] = (self._logp(scorer, rows) * _loss_mask(rows)).sum(1).view(P, M)
         return batch
+
+    def _mixture_logp(self, rows: dict, coefficient: float) -> Tensor:
+        """`(B, T)`: of the sampled tokens under the mixture of policy and reference."""
+        logp_BTV = mixed_logps(*self._logits(self.model, rows), coefficient)
+        return logp_BTV.gather(-1, rows["completion_ids"].unsqueeze(-1)).squeeze(-1)
 
     def _logp(self, model: Any, rows: dict) -> Tensor:
         T = rows["completion_ids"].size(1)
@@ -1004,7 +1161,8 @@ class GroupTrainer(ScheduledTrainer):
         ref_BT, old_BT = rows.get("ref_logp", now_BT), rows.get("old_logp", now_BT)
         old_BT = torch.where(old_BT.isnan(), now_BT, old_BT)  # a server may not tell
         logp, ref, old, mask = (x.view(P, M, T) for x in (logp_BT, ref_BT, old_BT, mask_BT))
-        group = Group(logp, ref, old, mask, inputs)
+        logits = functools.partial(self._logits, model, rows)
+        group = Group(logp, ref, old, mask, inputs, logits)
         loss_P, metrics = self.group_loss(group)
         assert loss_P.shape == (P,), loss_P.shape
         metrics = {**metrics, "entropy": (entropy_BT, mask_BT)}
@@ -1021,21 +1179,14 @@ class GroupTrainer(ScheduledTrainer):
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
         return loss / accumulation
 
-    def _log_means(self, metrics: Metrics) -> None:
-        """Weighted means over all ranks; nothing is logged where all weights are 0."""
-        with torch.no_grad():
-            sums = [
-                torch.stack([(value * weight).sum(), weight.sum()]).float()
-                for value, weight in metrics.values()
-            ]
-            totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
-        for name, (total, weight) in zip(metrics, totals, strict=True):
-            self._metrics[self._mode()][name].append(total / weight if weight else math.nan)
-
 
 def _loss_mask(batch: dict) -> Tensor:
     mask_BT = batch["completion_mask"]
     return mask_BT * batch["tool_mask"] if "tool_mask" in batch else mask_BT
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
 
 
 def _joined(batch: dict) -> tuple[Tensor, Tensor]:

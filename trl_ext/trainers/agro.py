@@ -14,10 +14,18 @@ with the log-ratios of the policy of now at every optimizer step. No importance 
 no normaliser stands in it: at its optimum, π* ∝ ref · exp(r/β), the gradient of every group is 0,
 whatever policy it came from, so that sampling with a temperature, `top_p` or stale weights costs no
 exactness. `mode="full"` differentiates the law of the samples as well, and needs fresh ones of the
-policy itself.
+policy itself. Two relatives differ by a function:
 
-CoPG (2406.19185) has the same gradient. TOPR (2503.14286) differs by a function: override
-`group_loss` with `topr_loss` of `trl_ext.objectives.agro`, and `uses_old_logp`.
+| `loss_type` | loss of a completion, R as above                            | source     |
+|-------------|-------------------------------------------------------------|------------|
+| `"agro"`    | −(R − mean of the others' R) log π, R held fixed            | 2503.19612 |
+| `"copg"`    | the mean of (R − R′)²/(4β) over pairs, R differentiated:    | 2406.19185 |
+|             | the gradient of `"agro"`, and a value that is 0 at π*       |            |
+| `"topr"`    | −w r log π, no KL and no baseline: w = 1 where r ≥ 0, else  | 2503.14286 |
+|             | min(π/μ, 1), held fixed; r is ±1 in the paper               |            |
+
+TOPR alone asks who wrote a completion: μ is the policy that sampled the round, or, offline, the one
+of the column `logps`, which lists per row the log μ of each whole completion.
 """
 
 import functools
@@ -27,13 +35,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trl_ext.objectives.agro import agro_full_loss, agro_loss, regularised_reward
+from trl_ext.objectives.agro import (
+    agro_full_loss,
+    agro_loss,
+    copg_loss,
+    regularised_reward,
+    taper,
+    topr_loss,
+)
 from trl_ext.objectives.sequence_policy import leave_one_out_advantage
 from trl_ext.trainers._seam import GroupTrainer
 from trl_ext.trainers.base import refuse_ignored, refuse_truncated_sampling, refuse_unknown
 from trl_ext.trainers.group import GroupConfig
 from trl_ext.trainers.group_rows import Group, Metrics, Selection
-from trl_ext.trainers.pair_sources import listed_completions, listed_scores, recorded_completions
+from trl_ext.trainers.pair_sources import (
+    listed_completions,
+    listed_logps,
+    listed_scores,
+    recorded_completions,
+)
 from trl_ext.trainers.replay_buffer import ReplayBuffer
 
 TANG_2025 = {
@@ -48,6 +68,7 @@ TANG_2025 = {
         }"""),
 }
 CHOICES = {
+    "loss_type": ("agro", "copg", "topr"),
     "mode": ("frozen", "full"),
     "data_source": ("online", "offline", "mixed", "replay"),
 }
@@ -58,6 +79,7 @@ class AGROConfig(GroupConfig):
     """Configuration of [`AGROTrainer`].
 
     Args:
+        loss_type: see `trl_ext.trainers.agro`.
         beta: weight of the KL to the reference; the paper's value is not known.
         mode: whether the law of the samples is differentiated.
         data_source: see `trl_ext.trainers.agro`.
@@ -65,9 +87,19 @@ class AGROConfig(GroupConfig):
         replay_share: how much of a round is taken from it.
     """
 
-    beta: float = field(
-        default=0.05,
-        metadata={"help": "β > 0, the weight of the KL to the reference (arXiv:2503.19612)."},
+    loss_type: str = field(
+        default="agro",
+        metadata={
+            "help": "'agro' (arXiv:2503.19612), 'copg', of the same gradient (arXiv:2406.19185), "
+            "or 'topr', which has no KL (arXiv:2503.14286)."
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "β > 0, the weight of the KL to the reference; None: 0.05, and 0 for 'topr' "
+            "(arXiv:2503.19612)."
+        },
     )
     mode: str = field(
         default="frozen",
@@ -101,10 +133,16 @@ class AGROConfig(GroupConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         refuse_unknown(self, CHOICES)
-        refuse_ignored(self, ["loss_type", "epsilon"], "the loss has no ratio and nothing to clip")
-        if self.beta <= 0:
+        if self.beta is None:
+            self.beta = 0.0 if self.loss_type == "topr" else 0.05  # type: ignore[assignment]
+        super().__post_init__()
+        refuse_ignored(self, ["epsilon"], "the loss has no ratio that ε clips")
+        if self.loss_type != "agro":
+            refuse_ignored(self, ["mode"], f"loss_type={self.loss_type!r} has no such choice")
+        if self.loss_type == "topr":
+            self._check_topr()
+        elif self.beta <= 0:
             raise ValueError(
                 f"beta={self.beta} must be positive: without a KL every constant reward is an "
                 "optimum of the variance. For rewards alone use trl_ext.GRPOTrainer."
@@ -124,6 +162,22 @@ class AGROConfig(GroupConfig):
                 f"replay_rounds={self.replay_rounds} must be ≥ 0 and replay_share="
                 f"{self.replay_share} in (0, 1]."
             )
+
+    def _check_topr(self) -> None:
+        if self.beta != 0:
+            raise ValueError(
+                f"beta={self.beta} is not applied: loss_type='topr' has no KL to the reference. "
+                "Leave it unset, or at 0."
+            )
+        if self.data_source in ("mixed", "replay") or self.replay_rounds:
+            raise ValueError(
+                f"data_source={self.data_source!r} with replay_rounds={self.replay_rounds} is not "
+                "supported with loss_type='topr', which compares with the policy that wrote each "
+                "completion. Use 'online', or 'offline' with the column logps, and replay_rounds=0."
+            )
+        if self.data_source == "online":
+            refuse_truncated_sampling(self, "loss_type='topr'")
+            self.refuse_tempered("loss_type='topr'")
 
     def _check_full(self) -> None:
         elsewhere = self.data_source != "online" or self.replay_rounds
@@ -157,6 +211,10 @@ class AGROTrainer(GroupTrainer):
     _name = "AGRO"
     _paper = TANG_2025
 
+    @property
+    def uses_old_logp(self) -> bool:
+        return self.args.loss_type == "topr" and self.args.data_source == "online"
+
     @functools.cached_property
     def replay_buffer(self) -> ReplayBuffer:
         return ReplayBuffer(self.args.replay_rounds, self.args.replay_share)
@@ -178,24 +236,52 @@ class AGROTrainer(GroupTrainer):
         return []
 
     def select(self, rewards_PG, preferences_PGG, rows) -> Selection:
-        index_PG = torch.arange(rewards_PG.size(1), device=rewards_PG.device).expand_as(rewards_PG)
-        return Selection(index_PG, {}, leave_one_out_advantage(rewards_PG))
+        return select_all(self.args, rewards_PG, rows)
 
     def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
-        return group_loss(self.args, group)
+        loss = tapered_loss if self.args.loss_type == "topr" else variance_loss
+        return loss(self.args, group)
 
 
-def group_loss(args: AGROConfig, group: Group) -> tuple[Tensor, Metrics]:
+def select_all(args: AGROConfig, rewards_PG: Tensor, rows: list) -> Selection:
+    """Every completion of each group, and what the dataset says of its writer if that is asked."""
+    index_PG = torch.arange(rewards_PG.size(1), device=rewards_PG.device).expand_as(rewards_PG)
+    if args.loss_type != "topr":
+        return Selection(index_PG, {}, leave_one_out_advantage(rewards_PG))
+    stored = {}
+    if args.data_source == "offline":
+        stored = {"writer_logp": listed_logps(rows, rewards_PG.size(1)).to(rewards_PG)}
+    return Selection(index_PG, stored, rewards_PG.nan_to_num())
+
+
+def variance_loss(args: AGROConfig, group: Group) -> tuple[Tensor, Metrics]:
     """`(P,)`: the mean loss of each prompt's completions, and what is logged of their returns."""
+    assert args.beta is not None
     rewards_PM = group.stored["rewards"].to(group.logp_PM.dtype)
     R_PM = regularised_reward(rewards_PM, group.logp_PM, group.ref_logp_PM, args.beta)
-    if args.mode == "full":
+    if args.loss_type == "copg":
+        loss_PM = copg_loss(rewards_PM, group.logp_PM, group.ref_logp_PM, args.beta)
+    elif args.mode == "full":
         loss_PM = agro_full_loss(R_PM, group.logp_PM, args.beta)
     else:
         loss_PM = agro_loss(R_PM, group.logp_PM)
-    scored_PM = 1.0 - R_PM.isnan().to(R_PM.dtype)
     away_PM = leave_one_out_advantage(R_PM) * R_PM.nan_to_num()  # its mean is R's variance
     return loss_PM.mean(1), {
-        "return": (R_PM.nan_to_num(), scored_PM),
+        "return": _scored(R_PM),
         "return_variance": (away_PM.mean(1), torch.ones_like(away_PM[:, 0])),
     }
+
+
+def tapered_loss(args: AGROConfig, group: Group) -> tuple[Tensor, Metrics]:
+    """`(P,)`: TOPR's mean loss, and what is logged: rewards, and the weights w."""
+    rewards_PM = group.stored["rewards"].to(group.logp_PM.dtype)
+    writer_PM = group.stored.get("writer_logp", group.old_logp_PM).to(rewards_PM.dtype)
+    known = rewards_PM, group.logp_PM, writer_PM
+    return_PM, scored_PM = _scored(rewards_PM)
+    metrics = {"return": (return_PM, scored_PM), "taper": (taper(*known), scored_PM)}
+    return topr_loss(*known).mean(1), metrics
+
+
+def _scored(values_PM: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, and weights that leave out the unscorable."""
+    return values_PM.nan_to_num(), 1.0 - values_PM.isnan().to(values_PM.dtype)

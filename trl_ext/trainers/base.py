@@ -1,12 +1,15 @@
 """What every config of trl_ext adds to TRL's: when rounds are sampled, and what is refused."""
 
 import dataclasses
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import trl
 from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_ext.objectives.reduce import EXACT_FOR_SEQUENCES
 
 SCHEDULES = ("sync", "one_step")
 
@@ -34,11 +37,22 @@ def refuse_ignored(config: trl.GRPOConfig, names: Iterable[str], what: str) -> N
             )
 
 
-def refuse_unknown(config: trl.GRPOConfig, choices: dict[str, Iterable[str]]) -> None:
+def refuse_unknown(config: trl.GRPOConfig, choices: Mapping[str, Iterable[str]]) -> None:
     """Each option named must have one of its values."""
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} is none of {', '.join(allowed)}.")
+
+
+def warn_if_lengths_reweigh(config: trl.GRPOConfig, stacklevel: int) -> None:
+    """Warns of a loss type that divides by lengths; `stacklevel` of the line to be shown."""
+    if config.loss_type not in EXACT_FOR_SEQUENCES:
+        warnings.warn(
+            f"loss_type={config.loss_type!r} reweighs completions by length, so the gradient "
+            f"is not that of {type(config).__name__}'s objective; "
+            f"{' and '.join(EXACT_FOR_SEQUENCES)} keep it.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 @dataclass

@@ -5,7 +5,7 @@ tensors `(P, ...)` of what a loss must know of their scores.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,10 @@ Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> values, and weights of the
 
 PROMPT = ("prompt_ids", "prompt_mask")
 # Right-padded, one value per completion token.
-TOKENS = ("completion_ids", "completion_mask", "tool_mask", "answer_mask", "ref_logp", "old_logp")
+TOKENS = (
+    *("completion_ids", "completion_mask", "tool_mask", "answer_mask"),
+    *("ref_logp", "old_logp", "sampled_logp"),
+)
 PER_COMPLETION = (*PROMPT, *TOKENS, "version")
 
 
@@ -42,7 +45,8 @@ class Group:
     Log-probabilities of completions `(P, M)` are sums over their tokens `(P, M, T)`, in nats.
     `logp` carries the gradient; `old_logp` is that of the policy that sampled, `ref_logp` of the
     reference. `mask_PMT` is 1 on the tokens that count. `stored` is what `select` kept of the
-    scores, and `rewards`, `(P, M)`.
+    scores, and `rewards`, `(P, M)`. `logits` returns those of policy and reference, `(P·M, T, V)`,
+    divided by the temperature; it costs one more forward pass of each.
     """
 
     logp_PMT: Tensor
@@ -50,6 +54,7 @@ class Group:
     old_logp_PMT: Tensor
     mask_PMT: Tensor
     stored: dict[str, Tensor]
+    logits: Callable[[], tuple[Tensor, Tensor]]
 
     @functools.cached_property
     def logp_PM(self) -> Tensor:

@@ -39,7 +39,7 @@ from trl_ext.objectives.jepo import (
 )
 from trl_ext.objectives.kl import sequence_kl_loss, sequence_total_kl_loss
 from trl_ext.objectives.sequence_policy import leave_one_out_advantage, proximal_loss
-from trl_ext.rollouts.splice import cut, thought_length, with_answers
+from trl_ext.rollouts.splice import answer_token_ids, cut, thought_length, with_answers
 from trl_ext.trainers._seam import GroupTrainer
 from trl_ext.trainers.base import refuse_ignored, refuse_truncated_sampling, refuse_unknown
 from trl_ext.trainers.group import GroupConfig
@@ -214,7 +214,8 @@ class JEPOTrainer(GroupTrainer):
         kept.stored["marked"] = _found(marked, kept.stored["by_bound"])
         bound_B = kept.stored["by_bound"].repeat_interleave(self.group_size).tolist()
         lengths = [n if bound else None for n, bound in zip(marked, bound_B, strict=True)]
-        answers = [answer_ids(self.processing_class, row, self.args) for row in rows]
+        written = (self.args.answer_prefix, self.args.answer_eos)
+        answers = [answer_token_ids(self.processing_class, row, *written) for row in rows]
         return answered(output, lengths, answers, self.processing_class)
 
     def _thought_length(self, token_ids: list[int]) -> int | None:
@@ -241,21 +242,6 @@ def answered(
         width = spliced["completion_ids"].size(1)
         spliced["old_logp"] = cut(output["old_logp"], lengths, width)
     return {**output, **spliced}
-
-
-def answer_ids(tokenizer: Any, row: dict[str, Any], args: JEPOConfig) -> list[int]:
-    """Tokens of the reference answer of a row of the dataset.
-
-    Raises:
-        ValueError: the row has no text in its column `answer`.
-    """
-    if not isinstance(row.get("answer"), str):
-        raise ValueError(
-            f"the dataset's column 'answer' holds {row.get('answer')!r}, columns {sorted(row)}: "
-            "JEPO needs the reference answer as a text."
-        )
-    ids = tokenizer(args.answer_prefix + row["answer"], add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if args.answer_eos else ids
 
 
 def group_loss(args: JEPOConfig, group: Group) -> tuple[Tensor, Metrics]:

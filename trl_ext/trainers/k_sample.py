@@ -2,11 +2,9 @@
 
 import itertools
 import textwrap
-import warnings
 from dataclasses import dataclass, field
 
-from trl_ext.objectives.reduce import EXACT_FOR_SEQUENCES
-from trl_ext.trainers.base import refuse_truncated_sampling
+from trl_ext.trainers.base import refuse_truncated_sampling, warn_if_lengths_reweigh
 from trl_ext.trainers.grpo import GRPOConfig
 
 TANG_2025 = {
@@ -70,12 +68,7 @@ class KSampleConfig(GRPOConfig):
                 f"{name} needs one reward per completion. Leave it at 'sum_then_normalize'."
             )
         refuse_truncated_sampling(self, name)
-        if self.loss_type not in EXACT_FOR_SEQUENCES:
-            warnings.warn(
-                f"loss_type={self.loss_type!r} reweighs completions by length, so the gradient "
-                f"is not that of {name}'s objective; {' and '.join(EXACT_FOR_SEQUENCES)} keep it.",
-                stacklevel=4,  # the line that builds the config
-            )
+        warn_if_lengths_reweigh(self, stacklevel=4)  # the line that builds the config
         self._check_k()
 
     @property

@@ -121,6 +121,22 @@ def listed_scores(rows: Rows, G: int) -> list[float | None]:
     return [_listed(row, "scores", G, everyone=True)[i % G] for i, row in enumerate(rows)]
 
 
+def listed_logps(rows: Rows, G: int) -> Tensor:
+    """The column `logps`: each completion's log π under the policy that wrote it, `(P, G)`, nats.
+
+    Raises:
+        ValueError: there is no such column, its lists do not fill the groups, or a value is none.
+    """
+    logps = [_listed(row, "logps", G, everyone=True)[i % G] for i, row in enumerate(rows)]
+    for logp, row in zip(logps, rows, strict=True):
+        if logp is None or not logp <= 0:
+            raise ValueError(
+                f"'logps' holds {logp} for the prompt {str(row['prompt'])[:60]!r}: give log π of "
+                "each whole completion in nats, at most 0, under the policy that wrote it."
+            )
+    return torch.tensor(logps).view(-1, G)
+
+
 def _listed(row: dict[str, Any], column: str, G: int, *, everyone: bool) -> list:
     if column not in row:
         raise ValueError(
