@@ -6,6 +6,10 @@ Every round trains each variant on the same prompts from the same weights, and i
 by TRL's of the same round; printed is the median of the ratios. Rounds alternate the order, because
 these machines are shared. The quickstart's puzzles and Llama of
 0.9 million parameters, 64 completions a step, one process.
+
+JEPO stands beside TRL's GRPO at equal tokens: the same prompts, as many completions, and in each
+the thought as it was sampled and an answer of the same length, sampled for one and given for
+the other. Both sample it, JEPO in vain, and both train on it.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,64 +34,133 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 import trl_ext
-from trl_ext.data import calculator_puzzles
+from trl_ext.data import calculator_puzzles, calculator_runs
 from trl_ext.rewards.calculator import calculator_reward
 
-VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "TRL, beta=0": (trl.GRPOTrainer, trl.GRPOConfig, {}),
-    "trl_ext, beta=0": (trl_ext.GRPOTrainer, trl_ext.GRPOConfig, {}),
-    "trl_ext pass@k, beta=0": (trl_ext.PassAtKTrainer, trl_ext.PassAtKConfig, {}),
-    "TRL, beta=0.04": (trl.GRPOTrainer, trl.GRPOConfig, {"beta": 0.04}),
+MARKER = "is"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trainer, its options, and the variant whose time is its unit."""
+
+    trainer: type
+    config: type
+    options: dict[str, Any]
+    host: str
+    task: str = "puzzles"
+
+
+def grpo(options: dict[str, Any], host: str, task: str = "puzzles") -> Variant:
+    """TRL's trainer where it is its own host, else ours."""
+    library: Any = trl if options.pop("theirs", False) else trl_ext
+    return Variant(library.GRPOTrainer, library.GRPOConfig, options, host, task)
+
+
+def jepo(beta: float) -> Variant:
+    options = {"beta": beta, "marker": MARKER, "answer_prefix": ""}
+    return Variant(
+        trl_ext.JEPOTrainer, trl_ext.JEPOConfig, options, f"TRL on runs, beta={beta:g}", "runs"
+    )
+
+
+PLAIN, WITH_KL = "TRL, beta=0", "TRL, beta=0.04"
+VARIANTS: dict[str, Variant] = {
+    PLAIN: grpo({"theirs": True}, PLAIN),
+    "trl_ext, beta=0": grpo({}, PLAIN),
+    "trl_ext pass@k, beta=0": Variant(trl_ext.PassAtKTrainer, trl_ext.PassAtKConfig, {}, PLAIN),
+    WITH_KL: grpo({"theirs": True, "beta": 0.04}, WITH_KL),
     **{
-        f"trl_ext, beta=0.04, {form}": (
-            trl_ext.GRPOTrainer,
-            trl_ext.GRPOConfig,
-            {"beta": 0.04, "kl_gradient": form},
-        )
+        f"trl_ext, beta=0.04, {form}": grpo({"beta": 0.04, "kl_gradient": form}, WITH_KL)
         for form in ("token", "sequence", "sequence_total", "sequence_vocab")
     },
+    "TRL on runs, beta=0": grpo({"theirs": True}, "TRL on runs, beta=0", "runs"),
+    "trl_ext JEPO, beta=0": jepo(0.0),
+    "TRL on runs, beta=0.001": grpo(
+        {"theirs": True, "beta": 0.001}, "TRL on runs, beta=0.001", "runs"
+    ),
+    "trl_ext JEPO, beta=0.001": jepo(0.001),
 }
-HOSTS = {False: "TRL, beta=0", True: "TRL, beta=0.04"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every variant is given."""
+    """What every variant of a task is given."""
 
     model: Path
     tokenizer: PreTrainedTokenizerBase
-    puzzles: Dataset
+    rows: Dataset
+    reward: Callable[..., list[float]]
 
     @classmethod
-    def make(cls, folder: Path) -> "Work":
+    def puzzles(cls, folder: Path) -> "Work":
+        """The weights are random: what they write has all the tokens that are allowed."""
         worked = calculator_puzzles(1000, 1)["train"]
         tokenizer = make_tokenizer(worked)
         torch.manual_seed(0)
-        make_model(tokenizer).save_pretrained(folder)
-        return cls(folder, tokenizer, worked.remove_columns("completion"))
+        make_model(tokenizer).save_pretrained(folder / "puzzles")
+        rows = worked.remove_columns("completion")
+        return cls(folder / "puzzles", tokenizer, rows, calculator_reward)
+
+    @classmethod
+    def runs(cls, folder: Path) -> "Work":
+        """The weights know the form, so that sampled and reference answers have equal length."""
+        worked = calculator_runs(2000, 1)["train"]
+        tokenizer = make_tokenizer(worked)
+        torch.manual_seed(0)
+        trainer = trl.SFTTrainer(
+            make_model(tokenizer),
+            trl.SFTConfig(
+                str(folder / "runs"),
+                max_steps=60,
+                per_device_train_batch_size=64,
+                learning_rate=3e-3,
+                **QUIET,
+            ),
+            train_dataset=worked.select_columns(["prompt", "completion"]),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.save_model()
+        return cls(folder / "runs", tokenizer, worked.remove_columns("completion"), correct)
 
 
-def seconds_of(name: str, work: "Work", steps: int) -> float:
+QUIET: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1000,
+}
+
+
+def correct(completions: Sequence[str], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """1 where what stands behind the marker is the answer."""
+    told = [completion.partition(f" {MARKER} ")[2] for completion in completions]
+    return [float(text == right) for text, right in zip(told, answer, strict=True)]
+
+
+def seconds_of(name: str, works: dict[str, Work], steps: int) -> float:
     """Seconds of `steps` optimizer steps; building the trainer does not count."""
-    trainer, config, options = VARIANTS[name]
+    variant = VARIANTS[name]
+    work = works[variant.task]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = config(
+        arguments = variant.config(
             folder,
             max_steps=steps,
             per_device_train_batch_size=64,
             num_generations=8,
             max_completion_length=MOST_TOKENS,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1000,
-            **options,
+            **QUIET,
+            **variant.options,
         )
-        model, puzzles, tokenizer = str(work.model), work.puzzles, work.tokenizer
-        run = trainer(model, calculator_reward, arguments, puzzles, processing_class=tokenizer)
+        reward = None if arguments.__class__ is trl_ext.JEPOConfig else work.reward
+        run = variant.trainer(
+            str(work.model), reward, arguments, work.rows, processing_class=work.tokenizer
+        )
         run.remove_callback(PrinterCallback)
         begin = time.perf_counter()
         run.train()
@@ -101,15 +175,15 @@ def main() -> None:
     ratios: dict[str, list[float]] = {name: [] for name in VARIANTS}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        work = Work.make(Path(folder))
+        works = {"puzzles": Work.puzzles(Path(folder)), "runs": Work.runs(Path(folder))}
         for i in track(range(-1, options.rounds), description="Rounds"):
             order = list(VARIANTS)[:: 1 if i % 2 else -1]
-            timed = {name: seconds_of(name, work, options.steps) for name in order}
+            timed = {name: seconds_of(name, works, options.steps) for name in order}
             if i < 0:
                 continue  # the first round warms the caches
             for name, value in timed.items():
                 seconds[name].append(value / options.steps)
-                ratios[name].append(value / timed[HOSTS["beta=0.04" in name]])
+                ratios[name].append(value / timed[VARIANTS[name].host])
     table = Table("Variant", "ms per step", "ratio to TRL", "range", title="Time of a step")
     for name in VARIANTS:
         spread = f"{min(ratios[name]):.3f}-{max(ratios[name]):.3f}"

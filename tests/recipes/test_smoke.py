@@ -13,7 +13,12 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 from trl_ext import cli
 from trl_ext.cards import card_problems
 
-METHODS = {"online_vs_offline": "online-dpo", "pass_at_k": "pass-at-k"}
+METHODS = {
+    "agro": "agro",
+    "jepo": "jepo",
+    "online_vs_offline": "online-dpo",
+    "pass_at_k": "pass-at-k",
+}
 WITHOUT_TRAINER = {"long_context"}  # a recipe about models, with a command and a test of its own
 YAMLS = [
     path
@@ -28,11 +33,23 @@ FOR_PAIRS = {
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 2,
 }
+# A random model hardly ever comes to a marker: without one every completion has an answer to score.
+FOR_ANSWERS = {
+    "use_vllm": False,
+    "marker": "",
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+}
 ROWS = [
     {
         "prompt": f"What is {n} + {n}?",
         "question": f"Ann has {n} eggs and buys {n}. How many has she?",
         "answer": f"{n} + {n} = <<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}",
+        "problem": f"{n} + {n}",
+        "solution": f"Twice {n} is {2 * n}.",
+        "question_type": "proof",
+        "responses": [f"{n} and {i}" for i in range(8)],
+        "scores": [float(i % 2) for i in range(8)],
     }
     for n in range(1, 9)
 ]
@@ -90,18 +107,28 @@ def test_recipe_trains_evaluates_and_saves(path, lora, shrunk, reward_model, tmp
     if lora:
         options |= {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "k" not in given:
+    if "bound" in given:
+        options |= FOR_ANSWERS
+    elif "data_source" in given:
+        options |= {"use_vllm": False}
+    elif "k" not in given:
         options |= FOR_PAIRS
+    if "record_path" in given:
+        options["record_path"] = tmp_path / "record"
     words = [f"--{name}={value}" for name, value in options.items()]
-    rewards = [name if ":" in name else reward_model for name in given["reward_funcs"]]
-    words += ["--reward_funcs", *rewards, f"{__name__}:parity_reward"]
+    if "reward_funcs" in given:
+        rewards = [name if ":" in name else reward_model for name in given["reward_funcs"]]
+        words += ["--reward_funcs", *rewards, f"{__name__}:parity_reward"]
     trainer = cli.main([METHODS[path.parent.name], "--config", str(path), *words])
     out = Path(trainer.args.output_dir)
     assert trainer.state.global_step == 2
     results = json.loads((out / "eval_results.json").read_text(encoding="utf-8"))
     assert math.isfinite(results["eval_loss"])
-    if "eval_generations" in given:
-        assert 0 <= results["eval_pass@1"] <= results[f"eval_pass@{given['k']}"] <= 1
+    if "bound" in given:
+        assert results["eval_nll_L1"] >= results["eval_nll_L4"] - 1e-6 > 0
+        assert ("eval_pass@1" in results) == ("eval_reward_funcs" in given)
+    elif "eval_generations" in given:
+        assert 0 <= results["eval_pass@1"] <= results[f"eval_pass@{given.get('k', 1)}"] <= 1
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
     assert len(norms) == 2 and math.isfinite(max(norms)) and max(norms) > 0
     assert (out / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()

@@ -1,0 +1,217 @@
+"""The world of the study: calculator runs, a policy taught by a careless pupil, and measures.
+
+The pupil thinks step by step and slips at every fourth key, so that three of ten runs end where
+they should. What a run really ends with stands in the column `answer`; whether a completion says
+so, `correct` knows, and only GRPO and the measures ask it.
+"""
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    set_seed,
+)
+
+from trl_ext import evaluate_generations
+from trl_ext.data import calculator_runs
+
+MARKER = "is"
+TASKS = ("numbers", "words")
+# Four keys, the marker, the answer and the end; and what a thought may be too long.
+MOST_TOKENS = {"numbers": 9, "words": 20}
+ROWS = 64  # of a step of SFT
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a world is made; the smoke test makes little."""
+
+    train: int = 8000
+    held_out: int = 256
+    start_steps: int = 300
+
+
+@dataclass(frozen=True)
+class World:
+    """What the runs of one seed and task share.
+
+    Attributes:
+        task: `"numbers"`, whose answers can be compared, or `"words"`, whose answers cannot.
+        data: splits `train` and `held_out` with `prompt`, `completion` (the pupil's), `answer`.
+        tokenizer: one token per word.
+        start: folder of the policy that every run starts from.
+    """
+
+    task: str
+    data: datasets.DatasetDict
+    tokenizer: PreTrainedTokenizerFast
+    start: str
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """What the command line can change; the first line of `doc` says which it is."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/jepo"))
+    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
+    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
+    return parser
+
+
+def set_up_process() -> None:
+    """Leaves the screen to the recipe's own lines, and a core to each process."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+
+
+def make_world(folder: Path, task: str, seed: int, size: Size) -> World:
+    """Makes the world of a task and seed, or loads it where `folder` holds it already."""
+    home, made = folder / f"{task}-{seed}" / "start", {**vars(size), "seed": seed}
+    data = calculator_runs(size.train, size.held_out, in_words=task == "words", seed=seed)
+    world = World(task, data, make_tokenizer(data), str(home))
+    record = home / "world.json"
+    if not record.exists() or json.loads(record.read_text()) != made:
+        record.unlink(missing_ok=True)
+        set_seed(seed)
+        model = LlamaForCausalLM(architecture(world.tokenizer))
+        shown = data["train"].select_columns(["prompt", "completion"])
+        fit(supervised(world, model, shown, home, seed, size.start_steps, 3e-3)).save_model()
+        record.write_text(json.dumps(made))  # last: a world without it is made again
+    return world
+
+
+def make_tokenizer(data: datasets.DatasetDict) -> PreTrainedTokenizerFast:
+    """One token per word of the task."""
+    columns = [data[split][name] for split in data for name in data[split].column_names]
+    words = sorted({word for column in columns for text in column for word in text.split()})
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """A Llama of 0.2 million parameters; a step reads two words, which one layer can."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def supervised(
+    world: World,
+    model: PreTrainedModel,
+    rows: datasets.Dataset,
+    folder: Path,
+    seed: int,
+    steps: int,
+    rate: float,
+    schedule: str = "cosine",
+) -> trl.SFTTrainer:
+    """SFT on columns `prompt` and `completion`."""
+    arguments = trl.SFTConfig(
+        **shared_arguments(folder, seed),
+        max_steps=steps,
+        per_device_train_batch_size=ROWS,
+        learning_rate=rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=10 if schedule == "cosine" else 0,
+    )
+    return trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=world.tokenizer)
+
+
+def shared_arguments(folder: str | Path, seed: int) -> dict[str, Any]:
+    """Arguments of every trainer of the recipe, TRL's and ours."""
+    return {
+        "output_dir": str(folder),
+        "seed": seed,
+        "adam_beta2": 0.98,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def fit(trainer: Any) -> Any:
+    """Trains without a line for every log entry."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def load_start(world: World) -> PreTrainedModel:
+    """A fresh copy of the policy that every run starts from."""
+    return AutoModelForCausalLM.from_pretrained(world.start)
+
+
+def correct(completions: Sequence[str], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """The verifier: 1 where what stands behind the marker is the answer, else 0."""
+    told = [completion.partition(f" {MARKER} ")[2] for completion in completions]
+    return [float(text == right) for text, right in zip(told, answer, strict=True)]
+
+
+def measure(world: World, model: PreTrainedModel, *, samples: int = 8) -> dict[str, float]:
+    """Held-out figures of a policy, each with its standard error over prompts.
+
+    Args:
+        world: its held-out prompts.
+        model: the policy.
+        samples: thoughts per prompt.
+
+    Returns:
+        `accuracy` where answers can be compared; `nll_L1`, `nll_L2`, ..., upper bounds on the
+        negative log-likelihood of the answer, nats; `marked_rate`, of thoughts that came to the
+        marker; `mean_length` in tokens; and others. Each name with `_se` is its standard error.
+    """
+    result = evaluate_generations(
+        model,
+        world.tokenizer,
+        world.data["held_out"],
+        correct if world.task == "numbers" else None,
+        num_generations=samples,
+        max_completion_length=MOST_TOKENS[world.task],
+        marker=MARKER,
+        answer_prefix="",
+        batch_size=2048,
+        disable_tqdm=True,
+    )
+    return {k.replace("pass@1", "accuracy"): v for k, v in result.metrics("").items()}
