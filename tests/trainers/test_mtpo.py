@@ -281,7 +281,7 @@ def test_all_of_the_mixture_is_the_reference(tmp_path):
         ({}, 0.01),
         ({"judge": by_letters, "beta": 0.3}, 0.3),
     ],
-    ids=str,
+    ids=["judge", "tau", "bradley_terry", "reward", "given"],
 )
 def test_an_unset_weight_of_the_kl_is_the_papers(options, beta, tmp_path):
     args = MTPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)

@@ -387,7 +387,7 @@ def tool(a: int) -> int:
         ({"is_fsdp_enabled": True}, "FSDP or DeepSpeed without vLLM.*use_vllm=True, or use DDP"),
         ({"use_transformers_continuous_batching": True}, "continuous_batching.*Set it to False"),
     ],
-    ids=str,
+    ids=["tools", "environments", "vision", "fsdp", "continuous_batching"],
 )
 def test_what_cannot_be_branched_is_refused_at_construction(changes, message, tmp_path):
     run = trainer(tmp_path)
