@@ -116,13 +116,13 @@ class TestGenerate:
         ids, mask = batch()
         options = {"max_cache_len": 40} if cache is StaticCache else {}
         kept = cache(config=model.config, **options)
-        first = generate(model, ids, mask, past_key_values=kept)
+        first = generate(model, ids, mask, cache=kept)
         # A row that ended early is padded behind its answer, so the mask has a hole.
         said, mask = first.sequences, torch.nn.functional.pad(mask, (0, NEW), value=1)
         said[0, -3:], mask[0, -3:] = 0, 0
         question = torch.cat([said, tokens(2, 5, seed=3)], 1)
         mask = torch.nn.functional.pad(mask, (0, 5), value=1)
-        again = generate(model, question, mask, past_key_values=first.past_key_values).sequences
+        again = generate(model, question, mask, cache=first.cache).sequences
         for row in range(2):
             alone = by_hand(model, question[row][mask[row] == 1][None])[0]
             assert torch.equal(again[row, -NEW:], alone[-NEW:])
@@ -173,7 +173,7 @@ def tiny_like(model, noise=0.05):
 
 def prefilled(model, ids, cache, **options):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True, **options)
+        return model(ids, cache=cache, use_cache=True, **options)
 
 
 @pytest.fixture(params=["dynamic", "static"])
@@ -232,10 +232,10 @@ class TestCache:
 
     def test_no_cache_unless_wanted(self, model):
         ids = tokens(1, 5)
-        assert model(ids, use_cache=False).past_key_values is None
-        assert model(ids).past_key_values.get_seq_length() == 5
+        assert model(ids, use_cache=False).cache is None
+        assert model(ids).cache.get_seq_length() == 5
         model.config.use_cache = False
-        assert model(ids).past_key_values is None
+        assert model(ids).cache is None
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloads from CUDA")
     def test_an_offloaded_cache_says_the_same(self, model):

@@ -145,9 +145,9 @@ class TestInputs:
             main_model(IDS, attention_mask=mask)
 
     def test_a_mask_without_the_cached_tokens(self, main_model):
-        cache = main_model(IDS).past_key_values
+        cache = main_model(IDS).cache
         with pytest.raises(ValueError, match="has 1 columns, and there are 5 cached and 1 new"):
-            main_model(IDS[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 1))
+            main_model(IDS[:, :1], cache=cache, attention_mask=torch.ones(1, 1))
 
     def test_tokens_and_embeddings(self, main_model):
         for given in ({}, {"input_ids": IDS, "inputs_embeds": torch.zeros(1, 5, 32)}):

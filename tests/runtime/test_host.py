@@ -7,7 +7,7 @@ import pytest
 from trl_ext.runtime import host
 
 
-@pytest.mark.parametrize(("name", "version"), [("trl", "1.17.0"), ("transformers", "5.18.0")])
+@pytest.mark.parametrize(("name", "version"), [("trl", "1.17.0"), ("transformers", "5.23.0")])
 def test_other_versions_are_refused_unless_forced(name, version, monkeypatch):
     real = metadata.version
     monkeypatch.setattr(

@@ -37,7 +37,7 @@ class DecoderConfig(PreTrainedConfig):
             asked for, which neither paper defines, or a field of RoPE or of a window is set.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache"]
     base_model_tp_plan = TENSOR_PARALLEL_PLAN
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

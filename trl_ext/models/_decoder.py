@@ -11,6 +11,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -60,7 +61,7 @@ class DecoderAttention(nn.Module):
         self,
         hidden_states: Tensor,
         visible: Visible,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         # Under tensor parallelism each process has some of the heads: their number is not config's.
@@ -68,8 +69,8 @@ class DecoderAttention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in projections)
         own_values, chosen = v, implementation(self.config)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         output = self.attend(q, k, v, own_values=own_values, implementation=chosen, visible=visible)
         weights = self.weights(q, k, visible=visible) if output_attentions else None
         return self.o_proj(output.transpose(1, 2).flatten(2)), weights
@@ -104,7 +105,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": DecoderLayer,
@@ -148,6 +149,7 @@ class DecoderModel(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -155,7 +157,7 @@ class DecoderModel(DecoderPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -164,13 +166,13 @@ class DecoderModel(DecoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         visible = visible_keys(
             hidden,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             # A stage of a pipeline keeps its own layers, and fills the cache of no other.
             layer_idx=next((i for i, x in enumerate(self.layers) if hasattr(x, "self_attn")), 0),
             sees_itself=self.config.sees_itself,
@@ -182,12 +184,10 @@ class DecoderModel(DecoderPreTrainedModel):
             hidden = layer(
                 hidden,
                 visible=visible,
-                past_key_values=past_key_values,
+                cache=cache,
                 output_attentions=bool(attentions),
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), cache=cache)
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -206,13 +206,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -229,7 +230,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -243,7 +244,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

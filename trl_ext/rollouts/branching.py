@@ -156,7 +156,7 @@ def _prefilled(model: Any, ids: Tensor, mask: Tensor) -> Cache | None:
 
 
 def _cache_of(told: Any) -> Cache | None:
-    cache = getattr(told, "past_key_values", None)
+    cache = getattr(told, "cache", None)
     try:
         return cache if isinstance(cache, Cache) and cache.get_seq_length() else None
     except ValueError:  # no layer counts tokens, and `generate` could not take it up
@@ -173,7 +173,7 @@ def _grown(
 ) -> tuple[Tensor, Tensor, Cache | None]:
     """Some tokens more on each row, pads behind its end; and how they look to what comes next."""
     assert cache is None or cache.get_seq_length() == ids.size(1) - 1
-    width, past = ids.size(1), {} if cache is None else {"past_key_values": cache}
+    width, past = ids.size(1), {} if cache is None else {"cache": cache}
     config.max_new_tokens = min(STRIDE, max(left))
     told = model.generate(
         input_ids=ids,

@@ -97,10 +97,10 @@ class GeometricMixture(LogitsProcessor):
             out = self._opponent(
                 input_ids=input_ids[:, self._seen :],
                 attention_mask=mask,
-                past_key_values=self._cache,
+                cache=self._cache,
                 use_cache=self._use_cache,
                 **accepted(self._opponent, **text),
             )
-        self._cache = getattr(out, "past_key_values", None) if self._use_cache else None
+        self._cache = getattr(out, "cache", None) if self._use_cache else None
         self._seen = 0 if self._cache is None else input_ids.size(1)
         return out.logits[:, -1].float()
