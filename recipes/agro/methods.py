@@ -22,10 +22,11 @@ from typing import Any
 
 import trl
 from datasets import Dataset
-from world import MOST_TOKENS, World, load_policy, right, shared_arguments
+from world import MOST_TOKENS, World, load_policy, right
 
 from trl_ext import AGROConfig, AGROTrainer, OnlineDPOConfig, OnlineDPOTrainer
 from trl_ext.completions import completion_token_ids
+from trl_ext.studies import cpu_arguments
 
 OFFLINE = ("agro", "grpo", "grpo_old", "dpo", "topr")
 ONLINE = ("agro_on", "grpo_on", "rloo_on")
@@ -39,7 +40,7 @@ def make_trainer(
     G, P = world.size.completions, world.size.prompts
     passes = max(1, steps * P // len(world.scored))
     common: dict[str, Any] = {
-        **shared_arguments(folder, seed),
+        **cpu_arguments(folder, seed),
         "max_steps": steps,
         "learning_rate": rate,
         "lr_scheduler_type": "constant",

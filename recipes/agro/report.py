@@ -1,6 +1,5 @@
 """What the studies show: tables on the screen, curves as PNGs."""
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from tabular import MODES, RULES
+
+from trl_ext.studies import over_seeds
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 NAMES = {
@@ -216,12 +217,3 @@ def saved(figure: Figure, path: Path) -> Path:
 
 def seeds_of(rows: Iterable[Row]) -> list[int]:
     return sorted({row["seed"] for row in rows})
-
-
-def over_seeds(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean ± standard error over seeds."""
-    mean = statistics.mean(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return f"{mean:{form}}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{form}} ± {error:{form.removeprefix('+')}}"

@@ -12,16 +12,17 @@ from report import report_sweep, report_tabular, report_task
 from rich.console import Console
 from study import study, sweep
 from tabular import study as tabular_study
-from world import options, set_up_process
+
+from trl_ext.studies import quiet_process, study_options
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = study_options(__doc__, "runs/agro")
     parser.add_argument("--study", choices=["tabular", "task", "all"], default="all")
     parser.add_argument("--sweep", action="store_true", help="instead, the task's learning rates")
     given = parser.parse_args()
     console = Console()
-    set_up_process()
+    quiet_process()
     given.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     if given.sweep:

@@ -16,11 +16,13 @@ from typing import Any
 from methods import OFFLINE, ONLINE, make_trainer
 from rich.progress import track
 from transformers import TrainerCallback
-from world import SMALL, Size, World, fit, load_policy, make_world, measure, set_up_process
+from world import SMALL, Size, World, load_policy, make_world, measure
+
+from trl_ext.studies import fit, quiet_process
 
 METHODS = (*OFFLINE, *ONLINE)
 RATES = dict.fromkeys(METHODS, 2e-4)
-GRID = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+GRID = (1e-4, 4e-4, 1.6e-3)
 SWEEP_SEED = 100
 SAVED = ("agro", "agro_on")  # with a card; TRL writes its own for its trainers
 Row = dict[str, Any]
@@ -111,7 +113,7 @@ def pool_of(processes: int) -> AbstractContextManager[ProcessPoolExecutor | None
     if processes == 1:
         return nullcontext()
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, context, set_up_process)
+    return ProcessPoolExecutor(processes, context, quiet_process)
 
 
 def start_row(job: Job) -> Row:

@@ -6,29 +6,21 @@ of every run, the reference of every KL, and the older policy of the fixed data:
 stories for each of some prompts, and all of them are scored.
 """
 
-import argparse
 import json
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import transformers
 import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     set_seed,
 )
 
@@ -36,6 +28,7 @@ from trl_ext import evaluate_generations, policy_drift
 from trl_ext.completions import completion_token_ids
 from trl_ext.data.stories import NOUNS, demonstrations, keyword_stories, vocabulary
 from trl_ext.rollouts import sample, sampled_logps
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
 
 MOST_TOKENS = 16  # the longest written story has 13 words
 ROWS_AT_ONCE = 1024
@@ -92,26 +85,6 @@ def right(completions: Sequence[str], keywords: Sequence[Sequence[str]], **_: An
     return [float(nouns == set(asked)) for nouns, asked in zip(told, keywords, strict=True)]
 
 
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """What the command line can change; the first line of `doc` says which it is."""
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/agro"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    return parser
-
-
-def set_up_process() -> None:
-    """Leaves the screen to the recipe's own lines, and a core to each process."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
-
-
 def make_world(folder: Path, seed: int, size: Size) -> World:
     """Makes the world of a seed, or loads it where `folder` holds it already."""
     home, made = folder / f"world-{seed}", {**vars(size), "seed": seed}
@@ -130,12 +103,12 @@ def make_world(folder: Path, seed: int, size: Size) -> World:
 
 def train_policy(stories: datasets.Dataset, home: Path, seed: int, size: Size) -> None:
     """SFT on all stories, right or wrong."""
-    tokenizer = make_tokenizer()
+    tokenizer = word_tokenizer(vocabulary())
     set_seed(seed)
     trainer = trl.SFTTrainer(
-        model=LlamaForCausalLM(architecture(tokenizer)),
+        model=LlamaForCausalLM(word_llama(tokenizer)),
         args=trl.SFTConfig(
-            **shared_arguments(home, seed),
+            **cpu_arguments(home, seed),
             max_steps=size.sft_steps,
             per_device_train_batch_size=64,
             learning_rate=3e-3,
@@ -147,33 +120,6 @@ def train_policy(stories: datasets.Dataset, home: Path, seed: int, size: Size) -
         processing_class=tokenizer,
     )
     fit(trainer).save_model()
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world."""
-    words = ["<pad>", "<eos>", *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama of 0.2 million parameters."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
 
 
 def sample_scored(
@@ -211,27 +157,6 @@ def sample_scored(
     }
     asked = [keywords[prompt] for prompt in prompts]
     return datasets.Dataset.from_dict({"prompt": prompts, "keywords": asked, **groups})
-
-
-def shared_arguments(folder: str | Path, seed: int) -> dict[str, Any]:
-    """Arguments of every trainer of the recipe, TRL's and ours."""
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def fit(trainer: Any) -> Any:
-    """Trains without a line for every log entry."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
 
 
 def load_policy(world: World) -> PreTrainedModel:

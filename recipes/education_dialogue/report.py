@@ -1,6 +1,5 @@
 """What the study shows: the preference matrix as the paper's Table 1, and the way there."""
 
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from trl_ext.studies import mean_and_error, over_seeds
 
 NAMES = {
     "sft": "SFT",
@@ -61,9 +62,7 @@ def rate(matches: Iterable[Row], row: str, column: str) -> Cell:
     """Mean over seeds with its standard error; with one seed that over its lessons."""
     found = [match for match in matches if (match["row"], match["column"]) == (row, column)]
     wins = [match["win_rate"] for match in found]
-    if len(wins) == 1:
-        return wins[0], found[0]["standard_error"]
-    return statistics.mean(wins), statistics.stdev(wins) / len(wins) ** 0.5
+    return (wins[0], found[0]["standard_error"]) if len(wins) == 1 else mean_and_error(wins)
 
 
 def shown(cell: Cell) -> str:
@@ -110,15 +109,9 @@ def teaching_table(teaching: Sequence[Row]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for policy in [name for name in NAMES if any(row["policy"] == name for row in teaching)]:
         rows = [row for row in teaching if row["policy"] == policy]
-        table.add_row(NAMES[policy], *(mean_over_seeds([r[name] for r in rows]) for name in names))
+        cells = [over_seeds([row[name] for row in rows], ".2f") for name in names]
+        table.add_row(NAMES[policy], *cells)
     return table
-
-
-def mean_over_seeds(values: Sequence[float]) -> str:
-    text = f"{statistics.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
-    return text
 
 
 def draw(figures: dict[str, list[Row]], path: Path) -> Path:
@@ -173,5 +166,5 @@ def draw_curves(axes: Axes, curves: Sequence[Row]) -> None:
 def at(curves: Sequence[Row], method: str, step: int) -> Cell:
     """Win rate against SFT after a step: mean over seeds and its standard error, 0 for one seed."""
     wins = [row["win_rate"] for row in curves if (row["method"], row["step"]) == (method, step)]
-    error = statistics.stdev(wins) / len(wins) ** 0.5 if len(wins) > 1 else 0.0
-    return statistics.mean(wins), error
+    mean, error = mean_and_error(wins)
+    return mean, error if len(wins) > 1 else 0.0

@@ -12,7 +12,8 @@ from pathlib import Path
 from report import report
 from rich.console import Console
 from study import study
-from world import set_up_process
+
+from trl_ext.studies import quiet_process
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
     parser.add_argument("--quick", action="store_true", help="only see that everything runs")
     given = parser.parse_args()
-    set_up_process()
+    quiet_process()
     started = time.perf_counter()
     figures = study(given.folder, given.seeds, given.quick, given.processes)
     console = Console()

@@ -34,13 +34,10 @@ from world import (
     Size,
     World,
     conversation_reward,
-    fit,
     load_policy,
     make_world,
     message_of,
     play,
-    set_up_process,
-    shared_arguments,
 )
 
 from trl_ext import MTPOConfig, MTPOTrainer
@@ -51,6 +48,7 @@ from trl_ext.data.education_dialogue import (
 )
 from trl_ext.data.education_dialogue.classroom import MOST_TURNS
 from trl_ext.data.education_dialogue.judge import LEARNED
+from trl_ext.studies import cpu_arguments, fit, mean_and_error, quiet_process
 
 # Options of each method. The paper's α and τ; learning rates of the sweep, see README.md.
 METHODS: dict[str, dict[str, Any]] = {
@@ -98,7 +96,9 @@ class Curve(TrainerCallback):
             talks = play(model.eval(), self.world, self.lessons, seed=2)
             model.train()
             wins = education_judge(self.lessons["prompt"], talks, self.opponents)
-            self.points.append({"step": state.global_step, "win_rate": sum(wins) / len(wins)})
+            rate, error = mean_and_error(wins)
+            point = {"step": state.global_step, "win_rate": rate, "win_rate_se": error}
+            self.points.append(point)
 
 
 def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: int = 2) -> Row:
@@ -117,7 +117,7 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
     """
     plan = QUICK if quick else Plan()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, set_up_process) as pool:
+    with ProcessPoolExecutor(processes, context, quiet_process) as pool:
         runs = [(folder, seed, method, plan) for seed in seeds for method in METHODS]
         # Each world once, before several runs ask for it.
         worlds = pool.map(make_world, *zip(*[(folder, s, plan.world) for s in seeds], strict=True))
@@ -144,7 +144,8 @@ def curve_of(folder: Path, seed: int, method: str, plan: Plan) -> list[Row]:
     trainer = make_trainer(world, folder, seed, method, plan.steps, **METHODS[method])
     trainer.add_callback(curve)
     fit(trainer).save_model()
-    trainer.log({"win_rate_against_sft": curve.points[-1]["win_rate"]})  # for the card
+    last = curve.points[-1]  # the card shows what was logged with its standard error
+    trainer.log({f"win_rate_against_sft{s}": last[f"win_rate{s}"] for s in ("", "_se")})
     trainer.create_model_card(model_name=f"education-dialogue-{method}")
     return [{"seed": seed, "method": method, **point} for point in curve.points]
 
@@ -158,7 +159,7 @@ def make_trainer(
     reward = conversation_reward(world)
     by_turn = method == "single_turn"
     arguments = MTPOConfig(
-        **shared_arguments(policy_folder(folder, seed, method), seed),
+        **cpu_arguments(policy_folder(folder, seed, method), seed),
         **options,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,

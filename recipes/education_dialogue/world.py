@@ -6,29 +6,22 @@ of which the judge preferred one.
 """
 
 import json
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 import trl
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     set_seed,
 )
 
@@ -40,6 +33,7 @@ from trl_ext.data.education_dialogue import (
 )
 from trl_ext.data.education_dialogue.classroom import MOST_TURNS
 from trl_ext.rollouts import sample
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
 
 MOST_TOKENS = 256  # of a conversation: eleven turns and answers
 TURN_TOKENS = 16  # a turn of the clumsy teacher has six
@@ -105,16 +99,6 @@ class Size:
 SMALL = Size(lessons=48, held_out=4, sft_steps=3, judged=24, reward_epochs=1)
 
 
-def set_up_process() -> None:
-    """Leaves the screen to the recipe's own lines, and one core to each run."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
-
-
 def make_world(folder: Path, seed: int, size: Size) -> World:
     """Makes the world of a seed, or loads it where `folder` holds it already."""
     home, made = folder / f"world-{seed}", {**vars(size), "seed": seed}
@@ -131,21 +115,12 @@ def make_world(folder: Path, seed: int, size: Size) -> World:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of the world, and a template whose tool calls TRL can read."""
-    special = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<tool>", "<say>"]
+    special = ("<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<tool>", "<say>")
     shown = education_demonstrations(education_lessons(2000, 1)["train"])
     words = sorted({word for row in shown for word in _words(row["prompt"] + row["completion"])})
-    vocabulary = {word: i for i, word in enumerate([*special, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-    fast.chat_template, fast.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
-    return fast
+    tokenizer = word_tokenizer(words, special)
+    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
+    return tokenizer
 
 
 def _words(conversation: Conversation) -> list[str]:
@@ -160,51 +135,15 @@ def message_of(turn: dict[str, Any]) -> str | None:
     return calls[0]["function"]["arguments"]["message"] if calls else None
 
 
-def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama of 0.1 million parameters; two layers, without which it cannot look things up."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def shared_arguments(folder: str | Path, seed: int) -> dict[str, Any]:
-    """Arguments of every trainer of the recipe, TRL's and ours."""
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def fit(trainer: Any) -> Any:
-    """Trains without a line for every log entry."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
-
-
 def train_policy(world: World, seed: int, size: Size) -> None:
     """SFT on the clumsy teacher's turns; the student's answers are read, not learned."""
     set_seed(seed)
+    # Two layers, without which it cannot look things up.
+    architecture = word_llama(world.tokenizer, width=64, layers=2, context=512)
     trainer = trl.SFTTrainer(
-        model=LlamaForCausalLM(architecture(world.tokenizer)),
+        model=LlamaForCausalLM(architecture),
         args=trl.SFTConfig(
-            **shared_arguments(world.policy, seed),
+            **cpu_arguments(world.policy, seed),
             max_steps=size.sft_steps,
             per_device_train_batch_size=32,
             learning_rate=3e-3,
@@ -225,7 +164,7 @@ def train_reward(world: World, seed: int, size: Size) -> None:
     trainer = trl.RewardTrainer(
         model=LlamaForSequenceClassification.from_pretrained(world.policy, num_labels=1),
         args=trl.RewardConfig(
-            **shared_arguments(world.reward, seed),
+            **cpu_arguments(world.reward, seed),
             num_train_epochs=size.reward_epochs,
             per_device_train_batch_size=32,
             learning_rate=1e-3,

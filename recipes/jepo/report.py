@@ -1,7 +1,6 @@
 """What the study shows: tables on the screen, what they say of the claims, and curves as a PNG."""
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from trl_ext.studies import mean_and_error, over_seeds
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLOURS = {
@@ -27,6 +28,7 @@ COLOURS = {
 }
 BOUNDS = ("nll_L1", "nll_L4", "nll_L8")
 FIGURES = {"numbers": ("accuracy", *BOUNDS), "words": BOUNDS}
+LENGTHS = ("marked_rate", "mean_length")
 Row = dict[str, Any]
 
 
@@ -51,8 +53,8 @@ def table_of(rows: Sequence[Row], task: str) -> Table:
     for method, rate in dict.fromkeys((row["method"], row["rate"]) for row in rows):
         ends = ends_of(rows, task, method, rate)
         cells = [over_seeds([row[name] for row in ends]) for name in names]
-        others = [over_seeds([row[n] for row in ends], 1) for n in ("marked_rate", "mean_length")]
-        table.add_row(method, f"{rate:g}" if rate else "", *cells, *others)
+        cells += [over_seeds([row[name] for row in ends], ".1f") for name in LENGTHS]
+        table.add_row(method, f"{rate:g}" if rate else "", *cells)
     return table
 
 
@@ -64,22 +66,6 @@ def ends_of(rows: Iterable[Row], task: str, method: str, rate: float | None = No
         if of_it and rate in (None, row["rate"]):
             found[row["seed"]] = row
     return [found[seed] for seed in sorted(found)]
-
-
-def over_seeds(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard error over seeds that have a value."""
-    mean, error = mean_and_error(values)
-    if math.isnan(mean):
-        return "–"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over what is known; NaN where too few are."""
-    known = [value for value in values if not math.isnan(value)]
-    mean = statistics.mean(known) if known else math.nan
-    error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else math.nan
-    return mean, error
 
 
 def claims(rows: Sequence[Row]) -> list[str]:

@@ -32,16 +32,14 @@ from world import (
     Size,
     World,
     correct,
-    fit,
     load_start,
     make_world,
     measure,
-    set_up_process,
-    shared_arguments,
     supervised,
 )
 
 from trl_ext import GRPOConfig, GRPOTrainer, JEPOConfig, JEPOTrainer
+from trl_ext.studies import cpu_arguments, fit, quiet_process
 
 PROMPTS = 16  # of a step
 JEPO: dict[str, dict[str, Any]] = {
@@ -139,7 +137,7 @@ def study(folder: Path, seeds: Iterable[int], plan: Plan, processes: int) -> lis
     starts = [Job(folder, task, seed, "start", 0.0, plan) for task, seed in tasks]
     rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, set_up_process) as pool:
+    with ProcessPoolExecutor(processes, context, quiet_process) as pool:
         for title, some in (("Starting policies", starts), ("Training", jobs)):
             found = pool.map(rows_of, some)
             rows += [row for each in track(found, title, len(some)) for row in each]
@@ -177,7 +175,7 @@ def make_trainer(world: World, job: Job) -> Any:
         return supervised(world, model, rows, job.home, job.seed, steps, job.rate, "constant")
     samples = JEPO.get(job.method, {}).get("num_generations", 4)
     arguments = {
-        **shared_arguments(job.home, job.seed),
+        **cpu_arguments(job.home, job.seed, adam_beta2=0.98),
         "max_steps": steps,
         "per_device_train_batch_size": PROMPTS * samples,
         "num_generations": samples,

@@ -5,32 +5,25 @@ they should. What a run really ends with stands in the column `answer`; whether 
 so, `correct` knows, and only GRPO and the measures ask it.
 """
 
-import argparse
 import json
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import transformers
 import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     set_seed,
 )
 
 from trl_ext import evaluate_generations
 from trl_ext.data import calculator_runs
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
 
 MARKER = "is"
 TASKS = ("numbers", "words")
@@ -65,26 +58,6 @@ class World:
     start: str
 
 
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """What the command line can change; the first line of `doc` says which it is."""
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/jepo"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    return parser
-
-
-def set_up_process() -> None:
-    """Leaves the screen to the recipe's own lines, and a core to each process."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
-
-
 def make_world(folder: Path, task: str, seed: int, size: Size) -> World:
     """Makes the world of a task and seed, or loads it where `folder` holds it already."""
     home, made = folder / f"{task}-{seed}" / "start", {**vars(size), "seed": seed}
@@ -94,7 +67,7 @@ def make_world(folder: Path, task: str, seed: int, size: Size) -> World:
     if not record.exists() or json.loads(record.read_text()) != made:
         record.unlink(missing_ok=True)
         set_seed(seed)
-        model = LlamaForCausalLM(architecture(world.tokenizer))
+        model = LlamaForCausalLM(word_llama(world.tokenizer))
         shown = data["train"].select_columns(["prompt", "completion"])
         fit(supervised(world, model, shown, home, seed, size.start_steps, 3e-3)).save_model()
         record.write_text(json.dumps(made))  # last: a world without it is made again
@@ -104,33 +77,8 @@ def make_world(folder: Path, task: str, seed: int, size: Size) -> World:
 def make_tokenizer(data: datasets.DatasetDict) -> PreTrainedTokenizerFast:
     """One token per word of the task."""
     columns = [data[split][name] for split in data for name in data[split].column_names]
-    words = sorted({word for column in columns for text in column for word in text.split()})
-    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama of 0.2 million parameters; a step reads two words, which one layer can."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+    return word_tokenizer(
+        sorted({w for column in columns for text in column for w in text.split()})
     )
 
 
@@ -146,7 +94,7 @@ def supervised(
 ) -> trl.SFTTrainer:
     """SFT on columns `prompt` and `completion`."""
     arguments = trl.SFTConfig(
-        **shared_arguments(folder, seed),
+        **cpu_arguments(folder, seed, adam_beta2=0.98),
         max_steps=steps,
         per_device_train_batch_size=ROWS,
         learning_rate=rate,
@@ -154,28 +102,6 @@ def supervised(
         warmup_steps=10 if schedule == "cosine" else 0,
     )
     return trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=world.tokenizer)
-
-
-def shared_arguments(folder: str | Path, seed: int) -> dict[str, Any]:
-    """Arguments of every trainer of the recipe, TRL's and ours."""
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "adam_beta2": 0.98,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def fit(trainer: Any) -> Any:
-    """Trains without a line for every log entry."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
 
 
 def load_start(world: World) -> PreTrainedModel:

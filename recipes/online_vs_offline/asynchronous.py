@@ -34,17 +34,14 @@ from world import (
     SMALL,
     Size,
     World,
-    fit,
     load_policy,
     make_world,
     measure,
-    options,
     proxy_reward,
-    set_up_process,
-    shared_arguments,
 )
 
 from trl_ext import OnlineDPOConfig, OnlineDPOTrainer
+from trl_ext.studies import cpu_arguments, fit, quiet_process, study_options
 
 # Of rates a factor of two apart, the one with the best gold win rate at N = 1 on seed 0.
 METHODS: dict[str, dict[str, Any]] = {
@@ -149,7 +146,7 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
     plan = QUICK if quick else Plan()
     cells = cells_of(plan, seeds)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, set_up_process) as pool:
+    with ProcessPoolExecutor(processes, context, quiet_process) as pool:
         rows = [*pool.map(partial(start_row, folder, plan), seeds)]  # makes the worlds
         found = pool.map(partial(quality_rows, folder, plan), cells)
         rows += [row for some in track(found, "Training", len(cells)) for row in some]
@@ -227,7 +224,7 @@ def time_row(world: World, cell: Cell, rounds: int, threads: int) -> Row:
 def make_trainer(world: World, cell: Cell, steps: int) -> OnlineDPOTrainer:
     """Trains the SFT policy on the proxy's rewards, by the method of `cell`."""
     arguments = OnlineDPOConfig(
-        **shared_arguments(Path(world.policy).parent / "trainer", cell.seed),
+        **cpu_arguments(Path(world.policy).parent / "trainer", cell.seed),
         **METHODS[cell.method],
         max_steps=steps,
         num_generations=SAMPLES,
@@ -250,8 +247,8 @@ def make_trainer(world: World, cell: Cell, steps: int) -> OnlineDPOTrainer:
 
 
 def main() -> None:
-    given = options(__doc__).parse_args()
-    set_up_process()
+    given = study_options(__doc__, "runs/online_vs_offline").parse_args()
+    quiet_process()
     report(study(given.folder, given.seeds, given.quick, given.processes), given.folder)
 
 

@@ -1,7 +1,6 @@
 """Tables and figures of the study of asynchrony."""
 
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+from trl_ext import studies
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73")
@@ -56,7 +57,7 @@ def mean_and_error(rows: list[Row], name: str) -> tuple[float, float]:
     values = [row[name] for row in rows]
     if len(values) == 1:
         return values[0], rows[0][name + "_se"]
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    return studies.mean_and_error(values)
 
 
 def shown(rows: list[Row], name: str, scale: float = 1.0, digits: int = 1) -> str:
@@ -108,11 +109,10 @@ def difference(ahead: list[Row], sync: list[Row]) -> str:
     """In points of win rate, seed by seed; the error of a single seed takes no account of pairs."""
     pairs = [(a, s) for a in ahead for s in sync if a["seed"] == s["seed"]]
     differences = [100 * (a["win_rate"] - s["win_rate"]) for a, s in pairs]
+    mean, error = studies.mean_and_error(differences)
     if len(differences) == 1:
         error = 100 * math.hypot(*(row["win_rate_se"] for row in pairs[0]))
-    else:
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{statistics.mean(differences):+.1f}±{error:.1f}"
+    return f"{mean:+.1f}±{error:.1f}"
 
 
 def time_table(rows: list[Row]) -> Table:

@@ -14,7 +14,8 @@ import asynchronous_report
 import sources
 import sources_report
 from rich.console import Console
-from world import options, set_up_process
+
+from trl_ext.studies import quiet_process, study_options
 
 STUDIES = {
     "sources": (sources.study, sources_report.report),
@@ -25,7 +26,7 @@ STUDIES = {
 def main() -> None:
     given = parse_options()
     console = Console()
-    set_up_process()
+    quiet_process()
     for name in STUDIES if given.study == "all" else [given.study]:
         study, report = STUDIES[name]
         started = time.perf_counter()
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = options(__doc__)
+    parser = study_options(__doc__, "runs/online_vs_offline")
     parser.add_argument("--study", choices=[*STUDIES, "all"], default="all")
     return parser.parse_args()
 

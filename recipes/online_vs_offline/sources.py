@@ -39,18 +39,15 @@ from world import (
     SMALL,
     Size,
     World,
-    fit,
     load_policy,
     make_world,
     measure,
-    options,
     proxy_reward,
-    set_up_process,
-    shared_arguments,
 )
 
 from trl_ext import OnlineDPOConfig, OnlineDPOTrainer
 from trl_ext.data import load_record, shuffled_in_blocks
+from trl_ext.studies import cpu_arguments, fit, quiet_process, study_options
 
 ONLINE = ("online", "driven")
 REPLAYS = ("ordered", "blocks", "shuffled")  # of `online`
@@ -115,7 +112,7 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
     plan = QUICK if quick else Plan()
     rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, set_up_process) as pool:
+    with ProcessPoolExecutor(processes, context, quiet_process) as pool:
         rows += pool.map(start_row, *_arguments(folder, [(seed, "") for seed in seeds], plan))
         # what replays needs the record of what sampled
         for sources in ((*ONLINE, "offline"), REPLAYS):
@@ -166,7 +163,7 @@ def make_trainer(
         shutil.rmtree(record, ignore_errors=True)
         own["record_path"] = str(record)
     arguments = OnlineDPOConfig(
-        **shared_arguments(policy_folder(folder, seed, source), seed),
+        **cpu_arguments(policy_folder(folder, seed, source), seed),
         **own,
         loss_type="sigmoid",
         beta=BETA,
@@ -209,8 +206,8 @@ def equal_policies(folder: Path, seed: int, *sources: str) -> bool:
 
 
 def main() -> None:
-    given = options(__doc__).parse_args()
-    set_up_process()
+    given = study_options(__doc__, "runs/online_vs_offline").parse_args()
+    quiet_process()
     report(study(given.folder, given.seeds, given.quick, given.processes), given.folder)
 
 

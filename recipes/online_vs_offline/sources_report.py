@@ -14,6 +14,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from trl_ext import studies
+
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 COLOURS = {
     "online": "#0072B2",
@@ -111,12 +113,8 @@ def at_kl(curve: list[Row], kl: float) -> float | None:
 def over_seeds(values: Sequence[float | None]) -> str:
     """Mean ± standard error over the seeds that have the value, and how many if not all have."""
     known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    text = f"{statistics.mean(known):.2f}"
-    if len(known) > 1:
-        text += f"±{statistics.stdev(known) / len(known) ** 0.5:.2f}"
-    return text if len(known) == len(values) else f"{text} ({len(known)})"
+    text = studies.over_seeds(known, ".2f")
+    return text if not known or len(known) == len(values) else f"{text} ({len(known)})"
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:

@@ -5,10 +5,7 @@ stories, the proxy learns from a few labelled pairs which of two stories was pre
 methods ask the proxy. The gold reward labels the pairs and judges the results.
 """
 
-import argparse
 import json
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +13,20 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     set_seed,
 )
 
 from trl_ext import evaluate_preferences, evaluate_win_rate, policy_drift
 from trl_ext.data.stories import demonstrations, keyword_stories, story_quality, vocabulary
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
 
 NO_END = -3.0  # reward of a story without end: the proxy gives next to no story less
 MOST_TOKENS = 16  # the longest written story has 13 words
@@ -72,21 +66,6 @@ class Size:
 SMALL = Size(written=64, labelled=48, held_out=8, sft_steps=4, proxy_epochs=1)
 
 
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """What both studies take on the command line; the first line of `doc` says which it is."""
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/online_vs_offline"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    return parser
-
-
-def set_up_process() -> None:
-    quieten()
-    torch.set_num_threads(1)
-
-
 def make_world(folder: Path, seed: int = 0, size: Size | None = None) -> World:
     """Makes the world of a seed, or loads it where `folder` holds it already."""
     size = size or Size()
@@ -97,7 +76,7 @@ def make_world(folder: Path, seed: int = 0, size: Size | None = None) -> World:
         train=stories["train"].take(size.labelled),
         held_out=stories["held_out"],
     )
-    tokenizer = make_tokenizer()
+    tokenizer = word_tokenizer(vocabulary())
     world = World(data, tokenizer, str(home / "policy"), str(home / "proxy"))
     record = home / "world.json"
     if not record.exists() or json.loads(record.read_text()) != made:
@@ -108,23 +87,13 @@ def make_world(folder: Path, seed: int = 0, size: Size | None = None) -> World:
     return world
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world."""
-    words = ["<pad>", "<eos>", *vocabulary()]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-
-
 def train_policy(world: World, seed: int, size: Size) -> None:
     """SFT on both stories of each pair, whatever its label: the policy writes as all writers do."""
     set_seed(seed)
     trainer = trl.SFTTrainer(
-        model=LlamaForCausalLM(architecture(world.tokenizer)),
+        model=LlamaForCausalLM(word_llama(world.tokenizer)),
         args=trl.SFTConfig(
-            **shared_arguments(world.policy, seed),
+            **cpu_arguments(world.policy, seed),
             max_steps=size.sft_steps,
             per_device_train_batch_size=64,
             learning_rate=3e-3,
@@ -144,7 +113,7 @@ def train_proxy(world: World, seed: int, size: Size) -> None:
     trainer = trl.RewardTrainer(
         model=LlamaForSequenceClassification.from_pretrained(world.policy, num_labels=1),
         args=trl.RewardConfig(
-            **shared_arguments(world.proxy, seed),
+            **cpu_arguments(world.proxy, seed),
             num_train_epochs=size.proxy_epochs,
             per_device_train_batch_size=64,
             learning_rate=1e-3,
@@ -156,53 +125,6 @@ def train_proxy(world: World, seed: int, size: Size) -> None:
         processing_class=world.tokenizer,
     )
     fit(trainer).save_model()
-
-
-def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama of 0.2 million parameters."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def shared_arguments(folder: str | Path, seed: int) -> dict[str, Any]:
-    """Arguments of every trainer of the recipe, TRL's and ours."""
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def fit(trainer: Any) -> Any:
-    """Trains without a line for every log entry."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
-
-
-def quieten() -> None:
-    """Leaves the screen to the recipe's own lines."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def load_policy(world: World) -> PreTrainedModel:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.sources import ROOT
 from trl_ext.cards import card_problems
+from trl_ext.data.stories import vocabulary
+from trl_ext.studies import word_tokenizer
 
 RECIPE = ROOT / "recipes" / "agro"
 NAMES = [path.stem for path in RECIPE.glob("*.py")]
@@ -134,7 +136,7 @@ def test_pairs_are_of_one_prompt_and_of_different_scores(recipe):
 
 
 def test_grpo_is_given_the_recorded_completions_in_their_order(recipe):
-    tokenizer = recipe.world.make_tokenizer()
+    tokenizer = word_tokenizer(vocabulary())
     world = SimpleNamespace(tokenizer=tokenizer, scored=scored(recipe))
     prompts = ["MOON\n"] * 3 + ["FOX\n"] * 3
     rollout = recipe.methods.fixed_completions(world)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, set_seed
 
 from tests.sources import ROOT
 from trl_ext.cards import card_problems
+from trl_ext.studies import fit, word_llama
 
 RECIPE = ROOT / "recipes" / "jepo"
 METHODS = {
@@ -122,8 +123,8 @@ def test_the_task_must_be_thought_out(recipe, tmp_path):
         ("answers", study.answers_alone(data["train"])),
     ):
         set_seed(0)
-        model = LlamaForCausalLM(world.architecture(made.tokenizer))
+        model = LlamaForCausalLM(word_llama(made.tokenizer))
         trainer = world.supervised(made, model, rows, tmp_path / name, 0, 300, 3e-3)
-        world.fit(trainer)
+        fit(trainer)
         accuracy[name] = world.measure(made, model)["accuracy"]
     assert accuracy["thoughts"] > 0.8 and accuracy["answers"] < 0.1
