@@ -28,7 +28,6 @@ COLOURS = {
 }
 BOUNDS = ("nll_L1", "nll_L4", "nll_L8")
 FIGURES = {"numbers": ("accuracy", *BOUNDS), "words": BOUNDS}
-LENGTHS = ("marked_rate", "mean_length")
 Row = dict[str, Any]
 
 
@@ -49,11 +48,13 @@ def table_of(rows: Sequence[Row], task: str) -> Table:
     names = [name for name in FIGURES[task] if name in rows[0]]
     seeds = sorted({row["seed"] for row in rows})
     title = f"Answers in {task}, held out, at the end; ± over seeds {seeds}"
-    table = Table("", "rate", *names, "marked", "tokens", title=title, box=SIMPLE)
+    table = Table(
+        "", "rate", *names, "tokens", title=title, box=SIMPLE, pad_edge=False, collapse_padding=True
+    )
     for method, rate in dict.fromkeys((row["method"], row["rate"]) for row in rows):
         ends = ends_of(rows, task, method, rate)
-        cells = [over_seeds([row[name] for row in ends]) for name in names]
-        cells += [over_seeds([row[name] for row in ends], ".1f") for name in LENGTHS]
+        cells = [over_seeds([row[name] for row in ends]).replace(" ", "") for name in names]
+        cells.append(f"{mean_and_error(row['mean_length'] for row in ends)[0]:.1f}")
         table.add_row(method, f"{rate:g}" if rate else "", *cells)
     return table
 
@@ -128,6 +129,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     words.set_title("Words: no verifier, −L₄, nats", loc="left")
     accuracy.legend(frameon=False, ncols=2)
     words.legend(frameon=False)
+    tightness.legend(frameon=False, ncols=2)
     for axes in (accuracy, numbers, tightness, words):
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
