@@ -21,8 +21,17 @@ from world import SMALL, Size, World, load_policy, make_world, measure
 from trl_ext.studies import fit, quiet_process
 
 METHODS = (*OFFLINE, *ONLINE)
-RATES = dict.fromkeys(METHODS, 2e-4)
-GRID = (1e-4, 4e-4, 1.6e-3)
+RATES = {
+    "agro": 1e-4,
+    "grpo": 4e-4,
+    "grpo_old": 1e-4,
+    "dpo": 1e-4,
+    "topr": 4e-4,
+    "agro_on": 8e-4,
+    "grpo_on": 8e-4,
+    "rloo_on": 4e-4,
+}
+GRID = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 SWEEP_SEED = 100
 SAVED = ("agro", "agro_on")  # with a card; TRL writes its own for its trainers
 Row = dict[str, Any]
