@@ -114,6 +114,17 @@ def teaching_table(teaching: Sequence[Row]) -> Table:
     return table
 
 
+def sweep_table(rows: Sequence[Row]) -> Table:
+    """Win rate against SFT at the end, for each method and rate."""
+    rates, last = sorted({row["rate"] for row in rows}), max(row["step"] for row in rows)
+    title = f"Win rate against SFT, seed {rows[0]['seed']}"
+    table = Table("", *map("{:g}".format, rates), title=title, title_justify="left", box=SIMPLE)
+    found = {(r["method"], r["rate"]): r["win_rate"] for r in rows if r["step"] == last}
+    for method in COLOURS:
+        table.add_row(NAMES[method], *(f"{found[method, rate]:.3f}" for rate in rates))
+    return table
+
+
 def draw(figures: dict[str, list[Row]], path: Path) -> Path:
     """The preference matrix, and the win rate against SFT while learning."""
     matplotlib.use("Agg")

@@ -14,6 +14,7 @@ learning rate, the best of the same three.
 Source: Shani et al., arXiv:2405.14655, section 6.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -50,14 +51,18 @@ from trl_ext.data.education_dialogue.classroom import MOST_TURNS
 from trl_ext.data.education_dialogue.judge import LEARNED
 from trl_ext.studies import cpu_arguments, fit, mean_and_error, quiet_process
 
-# Options of each method. The paper's α and τ; learning rates of the sweep, see README.md.
+# Options of each method: the paper's α and τ.
 METHODS: dict[str, dict[str, Any]] = {
-    "single_turn": {"learning_rate": 1e-3},
-    "rlhf": {"learning_rate": 1e-3},
-    "mtpo_learned": {"learning_rate": 1e-3, "judge": "bradley_terry"},
-    "mtpo": {"learning_rate": 1e-3, "judge": education_judge},
-    "mtpo_tau": {"learning_rate": 1e-3, "judge": education_judge, "tau": 0.0375},
+    "single_turn": {},
+    "rlhf": {},
+    "mtpo_learned": {"judge": "bradley_terry"},
+    "mtpo": {"judge": education_judge},
+    "mtpo_tau": {"judge": education_judge, "tau": 0.0375},
 }
+RATES = (1e-4, 3e-4)
+# The best of RATES on SWEEP_SEED, by the win rate against SFT at the end.
+CHOSEN = dict.fromkeys(METHODS, 1e-3)
+SWEEP_SEED = 100
 GENERATIONS, ROWS = 4, 32  # conversations of a context, and of a step
 Row = dict[str, Any]
 
@@ -73,8 +78,8 @@ class Plan:
         world: how much of a world is made.
     """
 
-    steps: int = 60
-    measured: tuple[int, ...] = (15, 30, 45, 60)
+    steps: int = 100
+    measured: tuple[int, ...] = (25, 50, 75, 100)
     samples: int = 4
     world: Size = field(default_factory=Size)
 
@@ -118,7 +123,7 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
     plan = QUICK if quick else Plan()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, quiet_process) as pool:
-        runs = [(folder, seed, method, plan) for seed in seeds for method in METHODS]
+        runs = [(folder, seed, m, CHOSEN[m], plan) for seed in seeds for m in METHODS]
         # Each world once, before several runs ask for it.
         worlds = pool.map(make_world, *zip(*[(folder, s, plan.world) for s in seeds], strict=True))
         for _ in track(worlds, "worlds", len(seeds), transient=True):
@@ -136,22 +141,37 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
     return figures
 
 
-def curve_of(folder: Path, seed: int, method: str, plan: Plan) -> list[Row]:
+def sweep(folder: Path, quick: bool = False, processes: int = 2) -> list[Row]:
+    """Each method at each rate, measured at the end; rows are kept in `folder/sweep.json`."""
+    plan = QUICK if quick else dataclasses.replace(Plan(), measured=(Plan.steps,))
+    runs = [(folder, SWEEP_SEED, method, rate, plan) for method in METHODS for rate in RATES]
+    make_world(folder, SWEEP_SEED, plan.world)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, quiet_process) as pool:
+        curves = pool.map(curve_of, *zip(*runs, strict=True))
+        found = [*track(curves, "rates", len(runs), transient=True)]
+    rows = [point for curve in found for point in curve]
+    (folder / "sweep.json").write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def curve_of(folder: Path, seed: int, method: str, rate: float, plan: Plan) -> list[Row]:
     """Trains by one method, measures on the way and saves the teacher with its card."""
     world = make_world(folder, seed, plan.world)
     set_seed(seed)
     curve = Curve(world, plan)
-    trainer = make_trainer(world, folder, seed, method, plan.steps, **METHODS[method])
+    trainer = make_trainer(world, folder, seed, method, plan.steps, learning_rate=rate)
     trainer.add_callback(curve)
     fit(trainer).save_model()
     last = curve.points[-1]  # the card shows what was logged with its standard error
     trainer.log({f"win_rate_against_sft{s}": last[f"win_rate{s}"] for s in ("", "_se")})
     trainer.create_model_card(model_name=f"education-dialogue-{method}")
-    return [{"seed": seed, "method": method, **point} for point in curve.points]
+    named = {"seed": seed, "method": method, "rate": rate}
+    return [{**named, **point} for point in curve.points]
 
 
 def make_trainer(
-    world: World, folder: Path, seed: int, method: str, steps: int, **options: Any
+    world: World, folder: Path, seed: int, method: str, steps: int, *, learning_rate: float
 ) -> MTPOTrainer:
     """One trainer for all methods: what differs is who scores, and who else speaks."""
     # The environments of TRL are marked as an experiment.
@@ -160,7 +180,8 @@ def make_trainer(
     by_turn = method == "single_turn"
     arguments = MTPOConfig(
         **cpu_arguments(policy_folder(folder, seed, method), seed),
-        **options,
+        **METHODS[method],
+        learning_rate=learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=3,
         max_steps=steps,

@@ -9,8 +9,8 @@
 | `vine-3`  | from three; `vine-9`: from nine, as in the paper                                  |
 
 All start from the same policy and see the same number of prompts and completions in each step. As
-rollouts cost time, methods without them go on for longer. The clock is CPU time of one thread, of
-training alone: a machine may be shared.
+rollouts cost time, methods with fewer of them go on for longer, so that all may be compared after
+equal times too. The clock is CPU time of one thread, of training alone: a machine may be shared.
 
 Source: Kazemnejad et al., arXiv:2410.01679.
 """
@@ -42,7 +42,7 @@ from world import (
 
 from trl_ext import VinePPOConfig, VinePPOTrainer
 
-PROMPTS, SAMPLES = 16, 4  # of a step, and of each prompt
+PROMPTS, SAMPLES = 8, 4  # of a step, and of each prompt
 PLAIN: dict[str, tuple[type, type, dict[str, Any]]] = {
     "grpo": (trl.GRPOTrainer, trl.GRPOConfig, {}),
     "dr-grpo": (
@@ -54,9 +54,9 @@ PLAIN: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 VINE = {"vine-1": 1, "vine-3": 3, "vine-9": 9}
 METHODS = (*PLAIN, *VINE)
-RATES = (3e-4, 1e-3, 3e-3)
-# The best of RATES on seed 100, of each method, after the steps that all methods take.
-CHOSEN = dict.fromkeys(METHODS, 1e-3)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+# The best of RATES on seed 100, of each method, after the 80 steps that all take.
+CHOSEN = dict.fromkeys(METHODS, 2e-4) | {"vine-3": 4e-4, "vine-9": 4e-4}
 Row = dict[str, Any]
 
 
@@ -65,21 +65,27 @@ class Plan:
     """How much is run.
 
     Attributes:
-        measured: steps after which each policy is measured.
-        longer: further ones, of methods without rollouts.
+        measured: steps after which each policy is measured; all methods take these.
+        longer: further ones, by method, up to about the time that the slowest takes.
         samples: completions per held-out prompt.
         world: how much of a world is made.
         rates: learning rates to try, in place of the chosen one.
     """
 
     measured: tuple[int, ...] = (10, 20, 40, 80)
-    longer: tuple[int, ...] = (160, 320)
+    longer: dict[str, tuple[int, ...]] = field(
+        default_factory=lambda: {
+            **dict.fromkeys(PLAIN, (160, 320, 640)),
+            "vine-1": (160, 240),
+            "vine-3": (160,),
+        }
+    )
     samples: int = 8
     world: Size = field(default_factory=Size)
     rates: tuple[float, ...] = ()
 
 
-QUICK = Plan((1, 2), (3,), 2, Size(keys=3, train=128, held_out=8, start_steps=4))
+QUICK = Plan((1, 2), {"grpo": (3,)}, 2, Size(keys=3, train=128, held_out=8, start_steps=4))
 
 
 class Curve(TrainerCallback):
@@ -88,10 +94,10 @@ class Curve(TrainerCallback):
     def __init__(self, world: World, plan: Plan, steps: tuple[int, ...]):
         self.world, self.plan, self.steps = world, plan, steps
         self.points: list[Row] = []
-        self.branching: list[float] = []
+        self.seconds = self.resumed = 0.0
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        self.seconds, self.resumed = 0.0, time.process_time()
+        self.resumed = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         if state.global_step in self.steps:
@@ -114,14 +120,14 @@ class Job:
 
     @property
     def home(self) -> Path:
-        name = f"{self.method}-{self.rate:g}" if self.plan.rates else self.method
+        swept = self.plan.rates and self.rate
+        name = f"{self.method}-{self.rate:g}" if swept else self.method
         return self.folder / f"seed-{self.seed}" / name
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """When the policy is measured; a sweep compares after equally many steps."""
-        further = self.method in PLAIN and not self.plan.rates
-        return self.plan.measured + (self.plan.longer if further else ())
+        """When the policy is measured; the last of them ends the run."""
+        return self.plan.measured + self.plan.longer.get(self.method, ())
 
 
 def study(folder: Path, seeds: Iterable[int], plan: Plan, processes: int) -> list[Row]:
@@ -147,9 +153,9 @@ def study(folder: Path, seeds: Iterable[int], plan: Plan, processes: int) -> lis
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, set_up_process) as pool:
         for title, some in (("Starting policies", starts), ("Training", jobs)):
-            found = pool.map(rows_of, some)
-            rows += [row for each in track(found, title, len(some)) for row in each]
-    (folder / "vineppo.json").write_text(json.dumps(rows, indent=1))
+            for found in track(pool.map(rows_of, some), title, len(some)):
+                rows += found
+                (folder / "vineppo.json").write_text(json.dumps(rows, indent=1))
     return rows
 
 
@@ -157,18 +163,19 @@ def rows_of(job: Job) -> list[Row]:
     """Trains, measures on the way, and saves the policy with its card."""
     world = make_world(job.folder, job.seed, job.plan.world)
     if job.method == "start":
+        look_into(world, job)
         numbers = measure(world, load_start(world), samples=job.plan.samples)
         points = [{"step": 0, "seconds": 0.0, "branching": 0.0, **numbers}]
-        look_into(world, job)
     else:
         points = trained(world, job)
     return [{"seed": job.seed, "method": job.method, "rate": job.rate, **p} for p in points]
 
 
 def trained(world: World, job: Job) -> list[Row]:
-    """The measured points of a run, with the share of time that went into rollouts."""
+    """The measured points of a run, each with the share of training that all rollouts took."""
     curve = Curve(world, job.plan, job.steps)
-    trainer = make_trainer(world, job)
+    options = {"max_steps": job.steps[-1], "learning_rate": job.rate, "logging_steps": 1}
+    trainer = make_trainer(world, job, options)
     trainer.add_callback(curve)
     fit(trainer).save_model()
     logged = [row for row in trainer.state.log_history if "step_time" in row]
@@ -179,59 +186,34 @@ def trained(world: World, job: Job) -> list[Row]:
     return [{**point, "branching": share} for point in curve.points]
 
 
-def make_trainer(world: World, job: Job) -> Any:
+def look_into(world: World, job: Job) -> None:
+    """A round of VinePPO at the start, not learned from: at which step is the solution lost?"""
+    shown = {"log_completions": True, "num_completions_to_print": 0, "log_values": True}
+    options = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, **shown}
+    fit(make_trainer(world, job, options, VINE["vine-9"]))
+
+
+def make_trainer(
+    world: World, job: Job, options: dict[str, Any], rollouts: int | None = None
+) -> Any:
     """Everything is the same for all methods but the advantage and its prescribed normaliser."""
+    trainer, config, own = PLAIN.get(job.method, (VinePPOTrainer, VinePPOConfig, {}))
+    if job.method not in PLAIN:
+        rollouts = rollouts or VINE[job.method]
+        own = {"num_rollouts": rollouts, "splitter": each_word, "rollout_batch_size": 1024}
     arguments = {
         **shared_arguments(job.home, job.seed),
-        "max_steps": job.steps[-1],
         "per_device_train_batch_size": PROMPTS * SAMPLES,
         "num_generations": SAMPLES,
         "max_completion_length": world.size.most_tokens,
-        "learning_rate": job.rate,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
         "beta": 0.0,
+        **options,
     }
-    prompts = world.data["train"].select_columns(["prompt", "answer"])
-    trainer, config, own = PLAIN.get(job.method, (VinePPOTrainer, VinePPOConfig, {}))
-    if job.method in VINE:
-        own = vine_options(VINE[job.method])
     return trainer(
         load_start(world),
         correct,
         config(**arguments, **own),
-        prompts,
+        world.data["train"].select_columns(["prompt", "answer"]),
         processing_class=world.tokenizer,
-    )
-
-
-def vine_options(rollouts: int) -> dict[str, Any]:
-    return {"num_rollouts": rollouts, "splitter": each_word, "rollout_batch_size": 1024}
-
-
-def look_into(world: World, job: Job) -> None:
-    """A round of VinePPO at the start, not trained on: where do its completions go wrong?"""
-    arguments = {
-        **shared_arguments(job.home, job.seed),
-        "max_steps": 1,
-        "per_device_train_batch_size": PROMPTS * SAMPLES,
-        "num_generations": SAMPLES,
-        "max_completion_length": world.size.most_tokens,
-        "learning_rate": 0.0,
-        "beta": 0.0,
-        "logging_steps": 1,
-        "log_completions": True,
-        "num_completions_to_print": 0,
-        "log_values": True,
-        **vine_options(9),
-    }
-    prompts = world.data["train"].select_columns(["prompt", "answer"])
-    fit(
-        VinePPOTrainer(
-            load_start(world),
-            correct,
-            VinePPOConfig(**arguments),
-            prompts,
-            processing_class=world.tokenizer,
-        )
     )

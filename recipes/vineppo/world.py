@@ -1,15 +1,23 @@
-"""The world of the study: calculator runs of many keys, and a policy taught by a careless pupil.
+"""The world of the study: calculator runs of many keys, and a policy taught by a pupil in doubt.
 
     +7 *3 rev -1 +7 *3 from 10               # the prompt
     17 51 15 14 21 63 is 63                  # each step, then the answer
 
-A step is a table that the policy knows, but like its teacher it slips: one wrong display, and all
-that follows is lost. The verifier reads the answer alone, and does not say which step it was.
+A step looks up a row of a table: what a key makes of a display. Of some rows the pupil remembers
+two versions and writes either, one as often as the other, and so does the policy that learned from
+him. No key takes two displays to the same one: after a wrong display all is lost, unless another
+mistake happens to lead back. The verifier reads the answer, and says nothing of the step.
+
+To be surer of oneself does not help here: of each row in doubt it must be found out which version
+is right. The pupil of `calculator_runs` slips anywhere, now and then; what he taught is mended by
+being surer of everything, and then it hardly matters which step gets the credit.
 """
 
 import argparse
+import itertools
 import json
 import logging
+import random
 import re
 import warnings
 from collections.abc import Sequence
@@ -34,8 +42,10 @@ from transformers import (
 
 from trl_ext import evaluate_generations
 from trl_ext.data import calculator_runs
+from trl_ext.data.calculator import KEYS
 
 MARKER = " is "
+Versions = dict[tuple[str, int], list[int]]  # a key, and the display that it is pressed at
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,11 @@ class Size:
 
     Attributes:
         keys: steps of a run.
-        slips: how often the pupil presses another key.
+        doubts: share of the table's rows of which the pupil remembers two versions.
     """
 
     keys: int = 8
-    slips: float = 0.25
+    doubts: float = 0.4
     train: int = 8000
     held_out: int = 256
     start_steps: int = 300
@@ -97,14 +107,14 @@ def set_up_process() -> None:
 
 
 def each_word(text: str) -> list[int]:
-    """A step per word, as lines are in longer texts."""
-    return [match.end() for match in re.finditer(r"\S+\s+", text)]
+    """A step per word, as lines are in longer texts; the tokens of this world are whole words."""
+    return [match.end() for match in re.finditer(r"\S+", text)]
 
 
 def make_world(folder: Path, seed: int, size: Size) -> World:
     """Makes the world of a seed, or loads it where `folder` holds it already."""
     home, made = folder / f"seed-{seed}" / "start", {**vars(size), "seed": seed}
-    data = calculator_runs(size.train, size.held_out, keys=size.keys, slips=size.slips, seed=seed)
+    data = make_data(size, seed)
     world = World(size, data, make_tokenizer(data), str(home))
     record = home / "world.json"
     if not record.exists() or json.loads(record.read_text()) != made:
@@ -112,6 +122,36 @@ def make_world(folder: Path, seed: int, size: Size) -> World:
         train_start(world, seed)
         record.write_text(json.dumps(made))  # last: a world without it is made again
     return world
+
+
+def make_data(size: Size, seed: int) -> datasets.DatasetDict:
+    """Runs, with what a pupil in doubt writes down as their completions."""
+    data = calculator_runs(size.train, size.held_out, keys=size.keys, slips=0.0, seed=seed)
+    rng = random.Random(seed)
+    versions = draw_versions(size.doubts, rng)
+    return data.map(lambda row: {"completion": written(row["prompt"], versions, rng)})
+
+
+def draw_versions(doubts: float, rng: random.Random) -> Versions:
+    """What the pupil remembers of each row of the table, first what is right."""
+    versions = {}
+    for key, shown in itertools.product(KEYS, range(100)):
+        right = KEYS[key](shown)
+        others = {press(shown) for press in KEYS.values()} - {right}
+        versions[key, shown] = [right]
+        if others and rng.random() < doubts:
+            versions[key, shown].append(rng.choice(sorted(others)))
+    return versions
+
+
+def written(prompt: str, versions: Versions, rng: random.Random) -> str:
+    """What the pupil writes under a prompt, `+7 *3 from 10`."""
+    keys, _, start = prompt.partition(" from ")
+    displays = itertools.accumulate(
+        keys.split(), lambda shown, key: rng.choice(versions[key, shown]), initial=int(start)
+    )
+    thought = [f"{shown:02d}" for shown in displays][1:]
+    return f"{' '.join(thought)}{MARKER}{thought[-1]}"
 
 
 def make_tokenizer(data: datasets.DatasetDict) -> PreTrainedTokenizerFast:

@@ -133,11 +133,21 @@ def test_nobody_answers_when_it_is_over():
         ({"preference": "song"}, "preference='song' is none of story"),
         ({"reaction": "cries"}, "reaction='cries' is none of adapts"),
         ({"things": []}, "nothing to teach"),
+        ({"things": "lava"}, "things='lava' could never be learned"),
+        ({"things": ["lava", "solar panels"]}, "solar panels.* could never be learned"),
     ],
 )
 def test_students_that_there_are_not_are_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
         classroom(**changes)
+
+
+def test_only_texts_are_heard():
+    room = classroom()
+    for message in (None, 5, ["a story about lava"]):
+        with pytest.raises(ValueError, match=r"message=.* is no text"):
+            room.say(message)
+    assert room.say("a story about lava") == "great ! i see lava ."
 
 
 def test_an_empty_classroom_is_refused():
@@ -444,8 +454,10 @@ def test_an_address_is_fetched_once(folder, tmp_path, monkeypatch):
         with pytest.raises(IncompleteRead):
             load_education_dialogue("test", address)
         first, again = (load_education_dialogue("test", address) for _ in range(2))
-        with pytest.raises(HTTPError):
+        with pytest.raises(HTTPError) as missing:
             load_education_dialogue("test", f"{address}/elsewhere")
+        (note,) = missing.value.__notes__
+        assert f"{address}/elsewhere/conversations_eval.json could not be fetched" in note
         server.shutdown()
     assert first.to_list() == again.to_list()
     assert first.to_list() == load_education_dialogue("test", str(folder)).to_list()
@@ -460,4 +472,13 @@ def test_other_splits_and_other_speakers_are_refused(folder):
         json.dumps([released("x", [{"role": "Parent", "text": "hi"}])])
     )
     with pytest.raises(ValueError, match="role='Parent' in a conversation about 'x'"):
+        load_education_dialogue("test", str(folder))
+
+
+@pytest.mark.parametrize("name", ["topic", "student_prefrences", "teacher_reactions"])
+def test_other_files_are_refused(name, folder):
+    row = released("x", [{"role": "Teacher", "text": "hi"}])
+    del row["background_info"][name]
+    (folder / "conversations_eval.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=f"no '{name}' in .*Is `source` the Education"):
         load_education_dialogue("test", str(folder))

@@ -58,7 +58,7 @@ def by_hand(context, answer):
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("conversational", [False, True])
 def test_the_answer_is_scored_behind_the_marker(eos, conversational, spoken):
-    answers = ["7", "a longer one " * 9, ""]
+    answers = ["7", "a longer one " * 9, "?"]
     dataset = Dataset.from_dict(
         {"prompt": tiny_prompts(3, conversational)["prompt"], "answer": answers}
     )
@@ -66,7 +66,7 @@ def test_the_answer_is_scored_behind_the_marker(eos, conversational, spoken):
     for p, (text, answer) in enumerate(zip(tiny_prompts(3)["prompt"], answers, strict=True)):
         prompt = f"<s><user>{text}<assistant>" if conversational else text
         told = answer + EOS * eos
-        expected = [by_hand(prompt + c, told) if told else 0.0 for c in ("ab#", "c#", "", "#")]
+        expected = [by_hand(prompt + c, told) for c in ("ab#", "c#", "", "#")]
         expected[2] = math.nan
         assert found_PG[p].tolist() == pytest.approx(expected, abs=1e-4, nan_ok=True)
 
@@ -153,6 +153,12 @@ def test_what_else_is_refused():
         evaluate(dataset=tiny_prompts(3).remove_columns("answer"))
     with pytest.raises(ValueError, match="column 'answer' holds 7"):
         evaluate(dataset=Dataset.from_dict({"prompt": ["1="], "answer": [7]}), marker="")
+    with pytest.raises(ValueError, match=r"column 'answer' holds ''.*Fill it in"):
+        evaluate(dataset=Dataset.from_dict({"prompt": ["1="], "answer": [""]}), marker="")
+    with pytest.raises(ValueError, match=r"reference answer of one row have 6.*embeddings=512"):
+        evaluate(dataset=Dataset.from_dict({"prompt": ["1="], "answer": ["7" * 600]}), marker="")
+    with pytest.raises(ValueError, match="marker='→' is '<unk>' once tokenised"):
+        evaluate(marker="→")
 
 
 # In a trainer

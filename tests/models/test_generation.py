@@ -127,6 +127,38 @@ class TestGenerate:
             alone = by_hand(model, question[row][mask[row] == 1][None])[0]
             assert torch.equal(again[row, -NEW:], alone[-NEW:])
 
+    @pytest.mark.parametrize("cache", [None, "static"])
+    def test_each_step_has_the_attention_weights_of_a_full_pass(self, model, cache):
+        ids, mask = batch()
+        options = {"cache_implementation": cache, "output_attentions": True}
+        out = generate(model, ids, mask, **options)
+        grown = torch.nn.functional.pad(mask, (0, NEW - 1), value=1)
+        whole = model(out.sequences[:, :-1], attention_mask=grown, output_attentions=True)
+        for found, expected in zip(out.attentions[-1], whole.attentions, strict=True):
+            assert largest(found, expected[:, :, -1:]) < CLOSE
+
+    def test_guidance_away_from_another_prompt(self, model):
+        """The processor decodes a second row with a cache of its own."""
+        ids, scale = tokens(1, 6), 1.7
+        found = generate(model, ids, guidance_scale=scale).sequences
+        rows = [ids, ids[:, -1:]]  # its prompt is the last token, unless one is given
+        for _ in range(NEW):
+            with torch.no_grad():
+                logp, other = (
+                    model(r, use_cache=False).logits[:, -1].log_softmax(-1) for r in rows
+                )
+            guided = other + scale * (logp - other)
+            guided[:, model.config.eos_token_id] = -torch.inf
+            rows = [torch.cat([row, guided.argmax(-1, keepdim=True)], 1) for row in rows]
+        assert torch.equal(found, rows[0])
+
+    def test_training_with_checkpointed_gradients_may_be_interrupted(self, model):
+        """As trainers that sample do it: the mode stays, and the host leaves caches out of it."""
+        ids = tokens(1, 6)
+        expected = by_hand(model, ids)
+        model.train().activation_checkpointing_enable()
+        assert torch.equal(generate(model, ids).sequences, expected)
+
     def test_generation_from_embeddings(self, model):
         ids = tokens(1, 6)
         embeddings = model.get_input_embeddings()(ids)
@@ -208,6 +240,14 @@ class TestCache:
         ]
         assert largest(torch.cat(found, 1), expected) < CLOSE
 
+    def test_the_hosts_old_name_is_understood(self, model):
+        """Under an unknown name it would be dropped, and a token follow from itself alone."""
+        ids, cache = tokens(1, 6), DynamicCache(config=model.config)
+        prefilled(model, ids[:, :4], cache)
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+            found = model(ids[:, 4:], past_key_values=cache).logits
+        assert largest(found, model(ids).logits[:, 4:]) < CLOSE
+
     def test_cropping_takes_back_tokens(self, model):
         ids, cache = tokens(1, 10), DynamicCache(config=model.config)
         prefilled(model, torch.cat([ids[:, :6], tokens(1, 3, seed=5)], 1), cache)
@@ -236,6 +276,16 @@ class TestCache:
         assert model(ids).cache.get_seq_length() == 5
         model.config.use_cache = False
         assert model(ids).cache is None
+
+    def test_a_quantized_cache_is_close(self, main_model):
+        """Four bits move TAPA's logits by 6 % and stick-breaking's by 3 %."""
+        pytest.importorskip("optimum.quanto")
+        ids, mask = batch()
+        form = {"backend": "quanto", "nbits": 4, "residual_length": 4, "q_group_size": 8}
+        cache = {"cache_implementation": "quantized", "cache_config": form}
+        out = generate(main_model, ids, mask, output_logits=True, **cache)
+        expected = full_logits(main_model, out.sequences, mask)[:, 8:-1]
+        assert 0 < (torch.stack(out.logits, 1) - expected).norm() < 0.1 * expected.norm()
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloads from CUDA")
     def test_an_offloaded_cache_says_the_same(self, model):

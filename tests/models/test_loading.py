@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,9 +17,25 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from tests.models.variants import CAUSAL, VARIANTS, VOCABULARY, config_of, largest, tiny, tokens
+from tests.models.variants import (
+    BOTH,
+    CAUSAL,
+    VARIANTS,
+    VOCABULARY,
+    config_of,
+    largest,
+    tiny,
+    tokens,
+)
 
 IDS = tokens(2, 9)
+KNOWN = """
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import trl_ext
+assert not {"tapa", "stickbreaking"} & set(CONFIG_MAPPING), "a bare import registers nothing"
+"""
 
 
 def tied(model):
@@ -25,6 +44,28 @@ def tied(model):
 
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import trl_ext.models", "from trl_ext import TapaModel", "trl_ext.StickBreakingConfig"],
+)
+def test_one_import_makes_both_types_known(statement, tmp_path):
+    """In a fresh process; saved without code, so that only the registration can find the class."""
+    for name in BOTH:
+        config_of(name).to_json_file(tmp_path / f"{name}.json")
+    lines = [
+        f"AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(r'{tmp_path / name}.json'))"
+        for name in BOTH
+    ]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join([KNOWN, statement, *lines])],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 class TestCheckpoints:

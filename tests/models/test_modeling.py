@@ -158,6 +158,15 @@ class TestForward:
         alone = F.cross_entropy(model(ids[1:]).logits[0], ids[1])
         assert largest(gradients(model, loss), gradients(model, alone)) < CLOSE
 
+    def test_filling_a_cache_changes_not_a_bit(self, model):
+        """Gradient checkpointing leaves the cache out, and must give the same loss."""
+        ids, mask = padded(documents(), "right")
+        with_cache, without = (
+            model(ids, attention_mask=mask, use_cache=use_cache).logits
+            for use_cache in (True, False)
+        )
+        assert torch.equal(with_cache, without)
+
     def test_rows_do_not_know_each_other(self, model):
         ids, mask = padded(documents(), "left")
         logits = model(ids, attention_mask=mask).logits
@@ -431,8 +440,8 @@ class TestCompile:
         room = torch.nn.functional.pad(mask, (0, 6), value=1)
         with torch.no_grad():
             expected = model(ids, attention_mask=mask).logits
-            model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+            model(ids[:, :6], attention_mask=mask[:, :6], cache=cache)
             for t in range(6, 10):
-                step = compiled(ids[:, t : t + 1], attention_mask=room, past_key_values=cache)
+                step = compiled(ids[:, t : t + 1], attention_mask=room, cache=cache)
                 assert largest(step.logits[:, 0], expected[:, t]) < CLOSE
         assert counter.frame_count == 1

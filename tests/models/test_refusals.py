@@ -1,5 +1,8 @@
 """What would silently compute another attention, or mean nothing, is refused in plain words."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -9,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -111,6 +115,34 @@ class TestWholeModels:
             assert name in ALL_ATTENTION_FUNCTIONS.valid_keys()
             mask = torch.ones(2, 3)
             assert AttentionMaskInterface()[name](attention_mask=mask) is mask
+
+    def test_a_host_that_knows_no_cache_by_that_name(self, variant, monkeypatch):
+        """The code in a checkpoint may meet an older one than the package installs beside."""
+
+        @dataclass
+        class Older:
+            last_hidden_state: None = None
+            past_key_values: None = None
+
+        monkeypatch.setattr("trl_ext.models._decoder.BaseModelOutputWithPast", Older)
+        with pytest.raises(ImportError, match=r"needs transformers 5\.24 or later, and here is"):
+            tiny(variant)
+
+    def test_sequence_parallelism_of_deepspeed(self, variant, monkeypatch):
+        """It puts its own function behind all names, and each process gets a part of the row."""
+        model = tiny(variant)
+        table = dict.fromkeys(ALL_ATTENTION_FUNCTIONS.keys(), lambda *_, **__: None)
+        monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", table)
+        for start in (lambda: model(IDS), lambda: tiny(variant)):
+            with pytest.raises(ValueError, match=r"were replaced .* sequence parallelism"):
+                start()
+
+    def test_context_parallelism_of_the_trainer(self, variant):
+        """The host's own words: it demands sdpa, which the model refuses."""
+        split = SimpleNamespace(cp_enabled=True, cp_backend="torch")
+        trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=split))
+        with pytest.raises(ValueError, match="Context parallelism is supported only with SDPA"):
+            Trainer._prepare_context_parallel_inputs(trainer, tiny(variant), {"input_ids": IDS})
 
     @pytest.mark.parametrize("implementation", ["eager", "chunked"])
     def test_continuous_batching(self, variant, implementation):

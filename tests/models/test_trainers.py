@@ -82,6 +82,11 @@ def trained(row, variant, folder, **options):
     return run, before
 
 
+def test_no_trainer_of_trl_is_left_out():
+    theirs = {getattr(trl, name) for name in trl.__all__ if name.endswith("Trainer")}
+    assert {trainer for trainer, *_ in THEIRS.values()} == theirs
+
+
 def steps(run, key):
     return [row[key] for row in run.state.log_history if key in row]
 

@@ -14,6 +14,7 @@ from trl_ext.objectives.agro import (
     regularised_reward,
     topr_loss,
 )
+from trl_ext.objectives.sequence_policy import leave_one_out_advantage, reinforce_loss
 
 LOGITS = f64(0.4, -0.1, 0.3, -0.6)
 REF = f64(0.1, 0.5, -0.4, 0.0).log_softmax(0)
@@ -85,6 +86,8 @@ def test_golden_values():
     half_variance = (MU.exp() * (R - MU.exp() @ R).square()).sum() / 2
     torch.testing.assert_close(half_variance.item(), 0.0370001, rtol=0, atol=1e-6)
     golden(OPTIMUM.exp(), 0.670137, 0.135298, 0.149528, 0.045037)
+    golden(returns(OPTIMUM), *[0.506590] * 4)  # V*, of every completion alike
+    golden(BETA * (REF + REWARDS / BETA).logsumexp(0)[None], 0.506590)
 
 
 @pytest.mark.parametrize("G", [2, 3])
@@ -99,6 +102,19 @@ def test_on_policy_it_is_the_gradient_of_the_regularised_objective():
 
     actual = -expected_gradient(frozen, LOGITS.log_softmax(0), 3)
     torch.testing.assert_close(actual, gradient(objective))
+
+
+def test_each_loss_is_rloo_with_the_kl_in_the_reward():
+    generator = torch.Generator().manual_seed(0)
+    rewards, logp, ref = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)
+    rewards[1, 3] = math.nan
+    logp.requires_grad_()
+    advantage = leave_one_out_advantage(rewards - BETA * (logp - ref))
+    expected = reinforce_loss(logp, advantage)
+    actual = agro_loss(regularised_reward(rewards, logp, ref, BETA), logp)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
+    slopes = [torch.autograd.grad(loss.sum(), logp)[0] for loss in (actual, expected)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4])

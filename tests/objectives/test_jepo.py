@@ -21,6 +21,7 @@ from trl_ext.objectives.jepo import (
     unsolved,
     verifree,
 )
+from trl_ext.objectives.pass_at_k import pass_at_k_credit
 from trl_ext.objectives.sequence_policy import leave_one_out_advantage
 
 # The logits of three thoughts, and behind each thought those of three answers; a* is the first.
@@ -195,6 +196,41 @@ def test_verifree_is_rloo_on_exact_match_with_the_answer_summed_out():
     torch.testing.assert_close(probability @ estimate, exact, rtol=0, atol=1e-14)
     noise = probability @ (estimate - exact).square().sum(1)
     assert float(noise) == pytest.approx(0.275, abs=5e-4)
+
+
+def test_verifree_is_what_rloo_expects_of_each_group_of_thoughts():
+    """Rao and Blackwell's: the mean over all answers that a group of thoughts can give."""
+    logits, groups = PARAMETERS.view(4, 3), all_groups(2)[0]
+    answer_logp = logits[1:].log_softmax(1)  # thought, answer
+    answer_score = jacobian(lambda x: x.view(4, 3)[1:].log_softmax(1))
+    expected = []
+    for thoughts in groups:
+        mean = torch.zeros(12, dtype=torch.float64)
+        for given in itertools.product(range(3), repeat=2):
+            a = torch.tensor(given)
+            match = (a == 0).double()[None]
+            score = SCORE_C[thoughts] + answer_score[thoughts, a]
+            estimate = (leave_one_out_advantage(match)[0, :, None] * score).mean(0)
+            mean += answer_logp[thoughts, a].sum().exp() * estimate
+        expected.append(mean)
+    torch.testing.assert_close(estimates(verifree, groups), torch.stack(expected))
+
+
+def test_a_thought_is_credited_as_a_sample_of_a_k_sample_objective():
+    """f of all minus f of the others: of pass@k where f is the best, of the bound where f is the
+    log-mean-exp."""
+
+    def of_all_minus_of_others(f, values):
+        G = values.size(1)
+        others = [[j for j in range(G) if j != i] for i in range(G)]
+        return torch.stack([G * (f(values) - f(values[:, rest])) for rest in others], dim=1)
+
+    values = random_logp(scale=1.0)
+    log_mean_exp = lambda x: x.logsumexp(1) - math.log(x.size(1))  # noqa: E731
+    expected = of_all_minus_of_others(log_mean_exp, values)
+    torch.testing.assert_close(multi_bound(values)[0], expected)
+    best = of_all_minus_of_others(lambda x: x.amax(1), values)
+    torch.testing.assert_close(pass_at_k_credit(values, values.size(1)), best)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

@@ -4,12 +4,14 @@ Float32 outputs and gradients within 1e-5 of the float64 definition, relative to
 the length, the width of a head, padding, packing or cache.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.ops.test_stickbreaking import CUDA, DEVICE, kernels_run
 from trl_ext.ops import stickbreaking_attention, tapa_attention
-from trl_ext.ops._choice import fitting_tiles
+from trl_ext.ops._choice import choose, fitting_tiles
 
 LIMIT = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-5}
 needs_triton = pytest.mark.skipif(not kernels_run(), reason="needs triton, and CUDA or interpreter")
@@ -21,7 +23,7 @@ CASES = [
     *(("chunked", 63, 32, dtype) for dtype in (torch.float16, torch.bfloat16)),
 ]
 SMALL = [
-    *(("triton", T, 32, torch.float32) for T in (63, 100)),
+    *(("triton", T, 32, torch.float32) for T in (63, 100, 1000)),
     *(("triton", 33, D, torch.float32) for D in (64, 128, 256)),
     ("triton", 33, 64, torch.float16),
 ]
@@ -63,7 +65,7 @@ def inputs(T, D, queries, dtype, lowered=6.0):
 
 def results(attention, qkv, implementation, options):
     """Outputs and the gradients of a sum that weighs each number differently."""
-    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]  # with the tensor's strides
     outputs = ATTENTIONS[attention](*leaves, implementation=implementation, **options)
     weights = [torch.arange(x.numel(), dtype=torch.float64).cos().view_as(x) for x in outputs]
     loss = sum((x.double() * w.to(DEVICE)).sum() for x, w in zip(outputs, weights, strict=True))
@@ -96,7 +98,8 @@ def test_within_the_bound_of_the_float64_definition(attention, case):
     implementation, T, D, dtype = case
     cases = layouts(T)
     if implementation == "triton" and not CUDA and T != 63:
-        cases = {"plain": cases["plain"]}  # the interpreter takes its time
+        # The interpreter takes its time: minutes for a thousand queries.
+        cases = {name: cases[name] for name in (["cached"] if T == 1000 else ["plain"])}
     for name, (options, queries) in cases.items():
         qkv = inputs(T, D, queries, dtype)
         found = results(attention, qkv, implementation, options)
@@ -129,6 +132,35 @@ def test_a_mask_alone_places_one_query_in_a_static_cache(attention, implementati
     for x, y in zip(found, expected, strict=True):
         error = (x - y[:, :, cached : cached + 1]).abs().max()
         assert error < (1e-5 if implementation == "triton" else 1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("T", [8, 33, 300])
+def test_how_tensors_lie_in_memory_changes_not_a_bit(attention, T):
+    """A cache lays keys out otherwise than a projection: it must not show in what is trained."""
+    draw = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(2, heads, T, 16, generator=draw) for heads in (4, 2, 2)]
+    projected = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    assert not any(x.is_contiguous() for x in projected)
+    found, expected = (results(attention, x, "chunked", {}) for x in (projected, qkv))
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "chosen"),
+    [
+        ("cuda", torch.bfloat16, True, "triton"),
+        ("cuda", torch.float32, True, "triton"),
+        ("cuda", torch.float64, True, "chunked"),
+        ("cuda", torch.bfloat16, False, "chunked"),
+        ("cpu", torch.bfloat16, True, "chunked"),
+    ],
+)
+def test_the_device_chooses(device, dtype, installed, chosen, monkeypatch):
+    monkeypatch.setattr("trl_ext.ops._choice._has_triton", lambda: installed)
+    q = SimpleNamespace(device=torch.device(device), element_size=lambda: dtype.itemsize)
+    assert choose(None, q) == chosen
 
 
 class Tile:

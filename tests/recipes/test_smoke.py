@@ -18,6 +18,7 @@ METHODS = {
     "jepo": "jepo",
     "online_vs_offline": "online-dpo",
     "pass_at_k": "pass-at-k",
+    "vineppo": "vine-ppo",
 }
 WITHOUT_TRAINER = {"long_context"}  # a recipe about models, with a command and a test of its own
 YAMLS = [
@@ -39,6 +40,15 @@ FOR_ANSWERS = {
     "marker": "",
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
+}
+# One group of a round, in two steps.
+FOR_STEPS = {
+    "use_vllm": False,
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 2,
+    "per_device_eval_batch_size": 8,
+    "num_rollouts": 2,
+    "logging_steps": 1,
 }
 ROWS = [
     {
@@ -111,6 +121,8 @@ def test_recipe_trains_evaluates_and_saves(path, lora, shrunk, reward_model, tmp
         options |= FOR_ANSWERS
     elif "data_source" in given:
         options |= {"use_vllm": False}
+    elif "num_rollouts" in given:
+        options |= FOR_STEPS
     elif "k" not in given:
         options |= FOR_PAIRS
     if "record_path" in given:

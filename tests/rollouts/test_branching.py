@@ -6,12 +6,15 @@ from collections import Counter
 import pytest
 import torch
 from transformers import (
+    DynamicLayer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -29,6 +32,7 @@ from tests.rollouts.models import (
     tiny_gpt2,
 )
 from trl_ext.rollouts import branch
+from trl_ext.rollouts._roomy import RoomyLayer
 
 K = 3
 SIZES = {
@@ -62,6 +66,14 @@ MODELS = {
     ),
     "convolutions": lambda: Lfm2ForCausalLM(
         Lfm2Config(layer_types=["conv", "full_attention"], **SIZES)
+    ),
+    "rows of its own": lambda: MiniMaxForCausalLM(
+        MiniMaxConfig(
+            layer_types=["full_attention", "linear_attention"],
+            num_local_experts=2,
+            head_dim=8,
+            **SIZES,
+        )
     ),
     "no tokens counted": lambda: MambaForCausalLM(
         MambaConfig(**{k: v for k, v in SIZES.items() if "heads" not in k})
@@ -200,6 +212,23 @@ def test_branches_are_drawn_from_the_global_random_state():
     assert first == again != other
 
 
+def test_a_layer_with_room_holds_what_a_growing_layer_holds():
+    """Also behind its room, where `generate` never goes by itself, and in rows taken from it."""
+    generator = torch.Generator().manual_seed(0)
+    first, *more = (torch.randn(2, 2, n, 3, generator=generator) for n in (4, 1, 1, 2, 1))
+    plain, rows = DynamicLayer(), torch.tensor([1, 1, 0])
+    plain.update(first, 2 * first)
+    roomy = RoomyLayer(plain, rows, room=3)
+    plain.reorder_cache(rows)
+    for states in more:
+        told = [layer.update(states[rows], 2 * states[rows]) for layer in (plain, roomy)]
+        for (keys, values), layer in zip(told, (plain, roomy), strict=True):
+            assert torch.equal(keys, told[0][0]) and torch.equal(values, told[0][1])
+            assert layer.get_seq_length() == keys.size(-2)
+    again = RoomyLayer(roomy, torch.tensor([2]), room=1)
+    assert torch.equal(again.keys, plain.keys[2:]) and torch.equal(again.values, plain.values[2:])
+
+
 def test_the_given_options_are_left_as_they_were():
     config = generation_config(cache_implementation="static")
     before = config.to_dict()
@@ -215,6 +244,34 @@ def test_the_given_options_are_left_as_they_were():
     assert config.to_dict() == before
 
 
+def test_a_cache_that_the_model_s_own_options_name_is_left_aside():
+    """As some checkpoints on the Hub have it: `generate` would take no cache of ours."""
+    model, prefixes = sharp_llama(), prefixes_of((5, 9))
+    expected = [[greedy(model, prefix, 20)] * K for prefix in prefixes]
+    model.generation_config.cache_implementation = "static"
+    assert branched(model, prefixes, [20, 20], **GREEDY) == expected
+    assert model.generation_config.cache_implementation == "static"
+
+
+def test_an_end_that_only_the_options_know_ends_a_continuation():
+    model, prefixes = sharp_llama(), prefixes_of((5,))
+    tokens = greedy(model, prefixes[0], 20)
+    end = next(token for token in tokens[1:] if token not in tokens[:1])
+    ((row, *_),) = branched(model, prefixes, [40], **GREEDY, eos_token_id=[end])
+    assert row == tokens[: tokens.index(end) + 1]
+    ((row, *_),) = branched(model, prefixes, [40], **GREEDY, eos_token_id=end)
+    assert row == tokens[: tokens.index(end) + 1]
+
+
+def test_options_of_the_model_s_own_are_refused_too():
+    model = sharp_llama()
+    model.generation_config.min_new_tokens = 3
+    message = "min_new_tokens=3 is not supported in the model's generation_config where"
+    with pytest.raises(ValueError, match=message):
+        branched(model, [[5]], [2])
+    assert branched(model, [[5]], [2], min_new_tokens=0), "what is asked for comes first"
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -223,6 +280,9 @@ def test_the_given_options_are_left_as_they_were():
         ({"branches": 0}, "branches is 0"),
         ({"min_new_tokens": 3}, r"min_new_tokens=3 is not supported where .* at None|0"),
         ({"num_beams": 2}, "num_beams=2 is not supported where"),
+        ({"encoder_repetition_penalty": 1.5}, r"encoder_repetition_penalty=1\.5 is not"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size=2 is not"),
+        ({"token_healing": True}, "token_healing=True is not"),
     ],
     ids=str,
 )

@@ -321,6 +321,9 @@ def test_a_splitter_of_ones_own():
         ({"most_steps": 0}, "most_steps=0"),
         ({"splitter": lambda text: [len(text) + 1]}, "position 3 .* text of 2 characters"),
         ({"splitter": lambda text: [-1]}, "position -1"),
+        ({"splitter": lambda text: [1.5]}, r"position 1\.5"),
+        ({"splitter": lambda text: text.split("a")}, "position '.*Return positions"),
+        ({"splitter": lambda text: None}, "it returned None. Return positions"),
     ],
 )
 def test_bad_options_are_refused(options, reason):

@@ -4,19 +4,24 @@ import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 
 from tests.runs import (
     TOKENIZER,
+    Gradients,
     build,
+    by_letters,
+    case,
     different,
     logged,
     parameters,
     relative,
+    settings,
     speak,
     vowels,
 )
-from tests.tiny import tiny_prompts
+from tests.tiny import tiny_llama, tiny_prompts
 from trl_ext import AGROConfig, AGROTrainer
 from trl_ext.data import load_record
 
@@ -75,6 +80,38 @@ def test_offline_is_the_same_as_if_the_policy_had_said_it(conversational, tmp_pa
     arguments = {"rollout_func": speak(lambda prompt, place: spoken[prompt][place])}
     online = run(tmp_path / "b", listed(), "online", arguments=arguments)
     assert torch.equal(parameters(offline), parameters(online))
+
+
+def test_on_fresh_samples_it_is_trls_rloo(tmp_path):
+    """TRL's trainer with the KL in the reward, on the same completions and another reference."""
+    tiny_llama(len(TOKENIZER)).save_pretrained(tmp_path / "start")
+    options = settings(max_steps=1, max_grad_norm=0.0, learning_rate=0.0, shuffle_dataset=False)
+    options |= {"beta": 0.3, "gradient_checkpointing": False}
+    gradients = []
+    for trainer, config in ((AGROTrainer, AGROConfig), (trl.RLOOTrainer, trl.RLOOConfig)):
+        caught = Gradients()
+        run = trainer(
+            str(tmp_path / "start"),
+            lambda completions, **_: [float(len(c) % 3) for c in completions],
+            config(str(tmp_path), **options),
+            tiny_prompts(16),
+            processing_class=TOKENIZER,
+            callbacks=[caught],
+        )
+        run._generate_single_turn = (
+            said if trainer is trl.RLOOTrainer else lambda *a: (said(*a), None)
+        )
+        run.ref_model.load_state_dict(tiny_llama(len(TOKENIZER), seed=1).state_dict())
+        run.train()
+        gradients.append(caught.steps[0])
+    assert gradients[0].norm() > 1e-2
+    assert relative(*gradients) <= 1e-5
+
+
+def said(prompt_ids, *_):
+    """Token ids in place of samples, of several lengths in each group."""
+    texts = [different("", row % G) for row in range(len(prompt_ids))]
+    return [[*TOKENIZER(text).input_ids, TOKENIZER.eos_token_id] for text in texts]
 
 
 def test_mixed_groups_begin_with_the_list(tmp_path):
@@ -234,6 +271,49 @@ def test_copg_logs_how_far_the_optimum_is(tmp_path):
     assert row["grad_norm"] == pytest.approx(logged(agro)[0]["grad_norm"], rel=1e-4)
 
 
+def test_an_offline_run_is_evaluated_on_lists(tmp_path):
+    """Its loss at the start is that of the listed scores: policy and reference are still one."""
+    arguments = {"train_dataset": listed(), "eval_dataset": listed(2)}
+    options = {"data_source": "offline", "loss_type": "copg", "learning_rate": 0.0}
+    metrics = build(AGROTrainer, tmp_path, arguments=arguments, **options).evaluate()
+    variance = torch.tensor(listed(2)["scores"]).var(1).mean().item()
+    assert metrics["eval_return_variance"] == pytest.approx(variance, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(variance / (2 * 0.1), rel=1e-5)
+
+
+def test_prompts_with_one_score_say_nothing_of_the_variance(tmp_path):
+    """One of two prompts per step has a single score, the other two that differ."""
+    scores = [[1.0, None, None, None] if i % 2 else [1.0, 0.0, None, None] for i in range(8)]
+    row = logged(run(tmp_path, listed(scores=scores), "offline", max_steps=1))[0]
+    assert row["return_variance"] == pytest.approx(0.5) and row["return"] == pytest.approx(2 / 3)
+
+
+# Each option does something of its own, in the third step of a run.
+ACTS = [
+    *({"beta": 1.0}, {"mode": "full"}, {"loss_type": "topr", "beta": 0.0}),
+    *({"judge": by_letters}, {"temperature": 0.5, "scale_logps_by_temperature": True}),
+    *({"replay_rounds": 1}, {"replay_rounds": 1, "replay_share": 1.0}, {"replay_rounds": 2}),
+]
+
+
+@pytest.mark.parametrize("options", ACTS, ids=case)
+def test_each_option_acts(options, tmp_path):
+    common = {"max_steps": 4, "per_device_train_batch_size": 16}
+    without = {"temperature": {"temperature": 0.5}, "replay_share": {"replay_rounds": 1}}
+    other = next((own for name, own in without.items() if name in options), {})
+    other = {"replay_rounds": 1} if options == {"replay_rounds": 2} else other
+    ours, plain = (build(AGROTrainer, tmp_path, **common, **own) for own in (options, other))
+    ours.train(), plain.train()
+    assert relative(parameters(ours), parameters(plain)) > 1e-6
+
+
+def test_a_judges_win_rates_are_the_rewards(tmp_path):
+    trainer = build(AGROTrainer, tmp_path, judge=by_letters, max_steps=1)
+    trainer.train()
+    assert logged(trainer)[0]["return"] == pytest.approx(0.5, abs=1e-6)
+    assert logged(trainer)[0]["return_variance"] > 0
+
+
 REFUSED = {
     "full replay": ({"mode": "full", "replay_rounds": 1}, "replay_rounds=1"),
     "share alone": ({"replay_share": 0.3}, "replay_share=0.3"),
@@ -257,6 +337,17 @@ REFUSED = {
     "full tempered": ({"mode": "full", "temperature": 0.7}, "temperature=0.7"),
     "judge": ({"data_source": "offline", "judge": "bradley_terry"}, "judge"),
     "schedule": ({"data_source": "replay", "schedule": "one_step"}, "schedule"),
+    "no number": ({"beta": math.nan}, "beta=nan must be positive and finite"),
+    "infinite": ({"beta": math.inf}, "beta=inf must be positive and finite"),
+    "rewards judged": ({"judge": "bradley_terry"}, "judge='bradley_terry' is not applied"),
+    "no replay": (
+        {"replay_rounds": 2, "per_device_train_batch_size": 4, "num_generations": 4},
+        r"replay_share=0\.5 of the 1 groups.*is none",
+    ),
+    "kwargs": (
+        {"mode": "full", "generation_kwargs": {"temperature": 0.5}},
+        r"temperature=0\.5 in generation_kwargs is not supported with mode='full'",
+    ),
 }
 
 
@@ -275,8 +366,28 @@ def test_what_is_refused(name, tmp_path):
         (lambda: listed(per_prompt=2), "offline", "lists 2"),
         (lambda: listed(per_prompt=5), "mixed", "lists 5"),
         (lambda: tiny_prompts(8), "replay", "no record"),
+        (
+            lambda: listed(responses=["abcd"] * 8),
+            "offline",
+            "'responses' holds 'abcd'.*give a list",
+        ),
+        (lambda: listed(responses=[[None, *"abc"]] * 8), "offline", r"holds \"\[None, 'a',"),
+        (lambda: listed(scores=[["1"] * G] * 8), "offline", r"'scores' holds .*a number or None"),
+        (
+            lambda: listed(scores=[1.0] * 8),
+            "offline",
+            r"'scores' holds '1\.0'.*give a list per row",
+        ),
+        (
+            lambda: listed(responses=[["x" * 600, *"abc"]] * 8),
+            "offline",
+            r"prompt and response of one row have 605 .*max_position_embeddings=512",
+        ),
     ],
-    ids=["no responses", "no scores", "too few", "too many", "no record"],
+    ids=[
+        *("no responses", "no scores", "too few", "too many", "no record"),
+        *("a text", "a gap", "texts for scores", "one score", "beyond the context"),
+    ],
 )
 def test_a_dataset_that_does_not_fit(dataset, source, says, tmp_path):
     with pytest.raises(ValueError, match=says):
@@ -291,6 +402,21 @@ def test_a_writer_without_log_probabilities(logps, says, tmp_path):
     columns = {} if logps is None else {"logps": [[logps] * G] * 8}
     with pytest.raises(ValueError, match=says):
         run(tmp_path, listed(**columns), "offline", **TOPR)
+
+
+def test_vllm_needs_equally_long_lists(tmp_path):
+    """It is asked once per prompt for a number of samples."""
+    trainer = build(AGROTrainer, tmp_path, arguments={"train_dataset": listed()})
+    trainer.args.data_source, trainer.use_vllm = "mixed", True
+    rows = [{"prompt": "1=", "responses": ["a"] * n} for n in (1, 2) for _ in range(G)]
+    ids = [TOKENIZER("1=").input_ids] * len(rows)
+    given = trainer.given_completions(rows[:G], ids[:G])
+    assert [row is None for row in given] == [False, True, True, True]
+    with pytest.raises(ValueError, match=r"lists of different lengths.*use_vllm=False"):
+        trainer.given_completions(rows, ids)
+    trainer.use_vllm = False
+    given = trainer.given_completions(rows, ids)
+    assert [row is None for row in given] == [False, True, True, True, False, False, True, True]
 
 
 def test_samples_of_another_temperature_are_welcome(tmp_path):

@@ -14,11 +14,13 @@ from tests.exact import (
     EOS,
     PROMPTS,
     SPOKEN,
+    A,
     B,
     Enumeration,
     assert_same_gradient,
     gradient_of,
     group_settings,
+    law_of,
     table,
     token_logps,
 )
@@ -27,6 +29,7 @@ from trl_ext import JEPOConfig, JEPOTrainer
 POLICY, REFERENCE, OLDER = table(1), table(2), 0.9 * table(1) + 0.1 * table(5).clamp(min=-10)
 PROMPT = PROMPTS[0]
 EXACT = {
+    "marker": "b",  # where the trainer looks for one at all
     "beta": 0.0,
     "format_penalty": 0.0,
     "advantage_clip": math.inf,
@@ -40,13 +43,6 @@ class FirstToken(JEPOTrainer):
 
     def _thought_length(self, token_ids):
         return 1
-
-
-class Silent(JEPOTrainer):
-    """Completions that begin with an EOS have no marker."""
-
-    def _thought_length(self, token_ids):
-        return None if token_ids[0] == EOS else 1
 
 
 def run(folder, trainer=FirstToken, reward=None, sampler=None, **options):
@@ -112,8 +108,9 @@ def negative_likelihood(weights):
     return -(thoughts(weights) + answers(weights)).logsumexp(0).exp()
 
 
-def test_verifree_is_the_likelihood_of_the_answer(tmp_path):
-    actual = run(tmp_path, bound="verifree", num_generations=2)
+@pytest.mark.parametrize("n", [2, 3])
+def test_verifree_is_the_likelihood_of_the_answer(n, tmp_path):
+    actual = run(tmp_path, bound="verifree", num_generations=n)
     assert_same_gradient(actual, gradient_of(negative_likelihood, POLICY))
 
 
@@ -146,15 +143,13 @@ def test_the_supervised_term_has_its_weight(coef, tmp_path):
 
 
 def test_without_a_thought_it_is_supervised_training(tmp_path):
-    class Nothing(JEPOTrainer):
-        def _thought_length(self, token_ids):
-            return 0
 
     def objective(weights):
         return -token_logps(weights, PROMPT, (B, EOS)).sum()
 
     for bound_name in ("single", "multi"):
-        actual = run(tmp_path / bound_name, Nothing, bound=bound_name, num_generations=2)
+        options = {"bound": bound_name, "num_generations": 2, "marker": ""}
+        actual = run(tmp_path / bound_name, JEPOTrainer, **options)
         assert_same_gradient(actual, gradient_of(objective, POLICY))
 
 
@@ -203,31 +198,56 @@ def test_where_a_reward_is_earned_it_is_policy_gradient(tmp_path):
     assert_same_gradient(actual, gradient_of(objective, POLICY))
 
 
-def test_a_thought_without_marker_is_masked_from_the_bound(tmp_path):
-    """With the format penalty off it changes nothing; with it, the marker is learned."""
-    logp_C, told_C = thoughts(POLICY).detach(), answers(POLICY).detach()
-    marked = [c != EOS for c in SPOKEN]
+@pytest.mark.parametrize("silent", [EOS, A], ids=["one token", "several tokens"])
+@pytest.mark.parametrize(("penalty", "beta"), [(0.0, 0.0), (2.0, 0.0), (2.0, 0.3)])
+def test_a_completion_without_marker_is_masked_from_the_bound(silent, penalty, beta, tmp_path):
+    """It keeps all of its tokens, for the format's reward and the KL."""
 
-    def objective(weights, penalty):
-        now_C, told = thoughts(weights), answers(weights)
-        total = 0.0
-        for i, j in itertools.product(range(len(SPOKEN)), repeat=2):
-            mass = (logp_C[i] + logp_C[j]).exp()
-            difference = -penalty * (float(not marked[i]) - float(not marked[j]))
-            total = total + mass * difference * (whole(now_C, i) - whole(now_C, j)) / 2
+    class Silent(JEPOTrainer):
+        def _thought_length(self, token_ids):
+            return None if token_ids[0] == silent else 1
+
+    marked = [c[0] != silent for c in COMPLETIONS]
+    spoken = [c[:1] if ok else c for c, ok in zip(COMPLETIONS, marked, strict=True)]
+    mass_CC = law_of(POLICY)[:, None] * law_of(POLICY)[None, :]
+
+    def logps(weights):
+        return torch.stack([token_logps(weights, PROMPT, c).sum() for c in spoken])
+
+    def objective(weights):
+        now_C, total = logps(weights), 0.0
+        told_C = torch.stack([token_logps(weights, c[0], (B, EOS)).sum() for c in COMPLETIONS])
+        for i, j in itertools.product(range(len(COMPLETIONS)), repeat=2):
+            apart = penalty * (float(marked[i]) - float(marked[j]))
+            value = told_C[i] if marked[i] else told_C[j] if marked[j] else 0.0
             if marked[i] and marked[j]:
-                apart = told_C[i] - told_C[j]
-                total = total + mass * (apart * (now_C[i] - now_C[j]) + told[i] + told[j]) / 2
-            elif marked[i] or marked[j]:
-                total = total + mass * (told[i] if marked[i] else told[j])
+                apart = (told_C[i] - told_C[j]).detach()
+                value = (told_C[i] + told_C[j]) / 2
+            value = value + apart * (now_C[i] - now_C[j]) / 2
+            total = total + mass_CC[i, j] * value
+        kl = law_of(weights) @ (now_C - logps(REFERENCE))
+        return -total + beta * kl
+
+    options = {"bound": "single", "num_generations": 2, "format_penalty": penalty, "beta": beta}
+    actual = run(tmp_path, Silent, **options)
+    assert_same_gradient(actual, gradient_of(objective, POLICY))
+
+
+@pytest.mark.parametrize(("scale", "clip"), [("group", 0.5), ("group", math.inf), ("none", 0.3)])
+def test_advantages_are_normalised_and_clipped(scale, clip, tmp_path):
+    """Of two thoughts both advantages have the size √½ once divided by their deviation."""
+    logp_C, told_C = thoughts(POLICY).detach(), answers(POLICY).detach()
+
+    def objective(weights):
+        now_C, total = thoughts(weights), 0.0
+        for i, j in itertools.product(range(len(SPOKEN)), repeat=2):
+            apart = told_C[i] - told_C[j]
+            if scale == "group":
+                apart = apart / (apart.abs() * math.sqrt(2) + 1e-4)
+            score = apart.clamp(-clip, clip) * (now_C[i] - now_C[j]) / 2
+            total = total + (logp_C[i] + logp_C[j]).exp() * score
         return -total
 
-    def whole(now_C, i):
-        # A completion without marker keeps all of its tokens; an EOS has no second one.
-        return now_C[i]
-
-    for penalty in (0.0, 2.0):
-        options = {"bound": "single", "num_generations": 2, "format_penalty": penalty}
-        actual = run(tmp_path / str(penalty), Silent, **options)
-        expected = gradient_of(lambda w, p=penalty: objective(w, p), POLICY)
-        assert_same_gradient(actual, expected)
+    options = {"bound": "single", "num_generations": 2, "supervised_coef": 0.0}
+    actual = run(tmp_path, advantage_scale=scale, advantage_clip=clip, **options)
+    assert_same_gradient(actual, gradient_of(objective, POLICY))

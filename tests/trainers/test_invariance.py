@@ -38,11 +38,25 @@ from tests.runs import (
 )
 from tests.their_online_dpo import their_online_dpo
 from tests.tiny import tiny_llama, tiny_prompts
-from trl_ext import AGROTrainer, GRPOTrainer, NashTrainer, OnlineDPOTrainer, VinePPOTrainer
+from trl_ext import (
+    AGROTrainer,
+    GRPOTrainer,
+    JEPOTrainer,
+    NashTrainer,
+    OnlineDPOTrainer,
+    VinePPOTrainer,
+)
 
 each_trainer = pytest.mark.parametrize("trainer", OURS, ids=lambda t: t.__name__)
 each_of_tokens = pytest.mark.parametrize("trainer", OF_TOKENS, ids=lambda t: t.__name__)
 LOSSES = ("grpo", "dr_grpo", "dapo", "luspo", "sapo", "cispo")
+
+
+def earned_by_few(prompts, completions, **_):
+    """Rewards in the groups of the longest prompt alone: the others are left to JEPO's bound."""
+    return [float(len(p) == 7) * len(c) for p, c in zip(prompts, completions, strict=True)]
+
+
 # Per loss of a trainer over groups; unequal scores, so that every pair counts.
 GROUP_CASES: dict[str, tuple[type, dict]] = {
     **{
@@ -55,13 +69,18 @@ GROUP_CASES: dict[str, tuple[type, dict]] = {
     "judged": (OnlineDPOTrainer, {"judge": by_letters, "judge_both_orders": True}),
     "agro": (AGROTrainer, {}),
     "copg": (AGROTrainer, {"loss_type": "copg"}),
+    # Some of its completions have a marker, some have none.
+    "jepo": (JEPOTrainer, {"marker": "c", "answer_prefix": "", "reward_funcs": earned_by_few}),
     "nash_md": (NashTrainer, {}),
     "judged game": (NashTrainer, {"judge": by_letters, "judge_both_orders": True}),
     **ALGORITHMS,
 }
 each_group_case = pytest.mark.parametrize("case", GROUP_CASES)
 # One per way to gather: rewards, a judge's answers, opponents, anchors, snapshots.
-ON_TWO_RANKS = ("sigmoid", "best_worst", "judged", "rloo", "judged game", "inpo", "nash_mp")
+ON_TWO_RANKS = (
+    *("sigmoid", "best_worst", "judged", "rloo", "agro", "jepo"),
+    *("judged game", "inpo", "nash_mp"),
+)
 
 
 def moved_reference(run):

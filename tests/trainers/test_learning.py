@@ -41,7 +41,14 @@ OBJECTIVE = {
     MajorityVoteTrainer: ("maj@4", {"k": 4, "beta": 0.0, "answer_extractor": first_digit}),
     OnlineDPOTrainer: ("pass@1", {"beta": 0.1}),
     AGROTrainer: ("pass@1", {"beta": 0.01}),
-    JEPOTrainer: ("pass@1", {"combine_with_reward": True, "marker": "a", "format_penalty": 0.0}),
+    # The answers say nothing of the pattern: likelihood has the small weight of short answers.
+    JEPOTrainer: (
+        "pass@1",
+        {
+            **{"combine_with_reward": True, "marker": "a", "format_penalty": 0.0},
+            **{"supervised_coef": 0.01, "beta": 0.01},
+        },
+    ),
     MTPOTrainer: ("pass@1", {"judge": the_same_twice, "beta": 0.01}),
     NashTrainer: ("pass@1", {"algorithm": "nash_md", "judge": the_same_twice, "beta": 0.01}),
     VinePPOTrainer: ("pass@1", {"beta": 0.0, "splitter": "tests.runs:each_letter"}),

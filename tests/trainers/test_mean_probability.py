@@ -99,15 +99,11 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path):
 
 def test_without_marker_nothing_is_earned_and_without_answer_nothing_is_said(tmp_path):
     reward, _ = attached(tmp_path, debias=False)
-    found = scored(reward, ["1="] * 4, ["ab", "a#", "", "c#"], ["2", None, None, ""])
-    assert found == [0.0, None, None, None]
+    for blank in ("", " "):
+        found = scored(reward, ["1="] * 4, ["ab", "a#", "", "c#"], ["2", None, None, blank])
+        assert found == [0.0, None, None, None]
     assert scored(reward, ["1="], ["ab"], ["2"]) == [0.0]
     assert scored(reward, [], [], []) == []
-
-
-def test_an_empty_marker_adds_nothing_to_the_bare_answer(tmp_path):
-    reward, _ = attached(tmp_path, marker="")
-    assert scored(reward) == [0.0, 0.0, 0.0]
 
 
 def test_neither_gradient_nor_mode_nor_dropout_is_touched(tmp_path):
@@ -163,7 +159,15 @@ def test_a_trainer_of_trl_is_attached_by_hand(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="batch_size=0"):
         MeanProbabilityReward(batch_size=0)
+    with pytest.raises(ValueError, match=r"marker='' leaves no thought.*earn the same"):
+        MeanProbabilityReward(marker="")
+    with pytest.raises(ValueError, match="marker='→' is '<unk>' once tokenised"):
+        attached(tmp_path, marker="→")
     reward, _ = attached(tmp_path)
+    with pytest.raises(ValueError, match="prompt, thought and reference answer of one row have 60"):
+        scored(reward, answers=["2", "2", "9" * 600])
+    with pytest.raises(ValueError, match=r"no column 'answer'.*got \['topic'\]"):
+        reward(prompts=["1="], completion_ids=[ids_of("a#")], topic=["sums"])
     with pytest.raises(ValueError, match="column 'answer' holds 2"):
         scored(reward, answers=[2, 2, 3])
     trainer = build(GRPOTrainer, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 
 import trl_ext.trainers._seam as seam
 from tests.data.test_education_dialogue import LESSON, STORIES, chat_tokenizer, talk
@@ -15,6 +16,7 @@ from tests.tiny import tiny_llama, tiny_prompts
 from trl_ext import GRPOTrainer, MTPOConfig, MTPOTrainer, NashTrainer, OnlineDPOTrainer
 from trl_ext.data.education_dialogue import Classroom, education_judge
 from trl_ext.trainers._seam import GroupTrainer
+from trl_ext.trainers.mtpo import reward_credit
 
 FIXED = dict(max_steps=1, learning_rate=0.0, max_grad_norm=0.0, shuffle_dataset=False)
 
@@ -110,6 +112,68 @@ def test_conversations_with_an_environment(classroom):
     assert all(o.in_every_row and o.coefficient == 0.2 for _, o in script.opponents)
 
 
+def kept(run):
+    """What the loss finds stored with each micro-batch of a run."""
+    batches, honest = [], run.group_loss
+
+    def watched(group):
+        batches.append(group.stored)
+        return honest(group)
+
+    run.group_loss = watched
+    run.train()
+    return batches
+
+
+CALL, ANSWER = "assistant", "tool"
+
+
+@pytest.mark.parametrize(
+    ("length", "roles", "turns"),
+    [
+        (150, [CALL], 1),
+        (260, [CALL, ANSWER, CALL], 2),
+        (330, [CALL, ANSWER, CALL, ANSWER, CALL], 3),
+    ],
+)
+def test_a_conversation_is_cut_where_no_answer_fits_and_in_the_middle_of_a_turn(
+    length, roles, turns, classroom
+):
+    """The judge reads what is trained on: an answer that was rolled back is in neither."""
+    make, script, seen = classroom
+    (batch,) = kept(make(max_completion_length=length))
+    ((first, _),) = seen
+    assert [message["role"] for message in first] == roles
+    mask_T = (batch["completion_mask"] * batch["tool_mask"])[0, 0]
+    assert int((mask_T.diff(prepend=mask_T.new_zeros(1)) > 0).sum()) == turns
+    ids_T = batch["completion_ids"][0, 0][batch["completion_mask"][0, 0].bool()]
+    text = script.tokenizer.decode(ids_T)
+    assert text.count("<tool_response>") == roles.count(ANSWER) and len(ids_T) <= length
+    assert all(m["content"] in text for m in first if m["role"] == ANSWER)
+
+
+def test_an_environment_that_fails_is_heard_and_not_learned(classroom, monkeypatch):
+    def say(self, message: str) -> str:
+        """Says something.
+
+        Args:
+            message: What.
+        """
+        raise RuntimeError("nobody there")
+
+    monkeypatch.setattr(Classroom, "say", say)
+    make, script, seen = classroom
+    run = make()
+    (batch,) = kept(run)
+    ((first, second),) = seen
+    heard = [m["content"] for m in first if m["role"] == ANSWER]
+    assert heard == ["{'error': 'nobody there'}"] * 3 and len(second) == 3
+    assert run.state.log_history[0]["tools/failure_frequency"] == 1.0
+    assert batch["win"].tolist() == [[0.0, 1.0]], "of two in vain the shorter one"
+    own = script.tokenizer.decode(batch["completion_ids"][0, 0][batch["tool_mask"][0, 0].bool()])
+    assert "nobody" not in own
+
+
 @pytest.mark.parametrize("trainer", [GRPOTrainer, OnlineDPOTrainer, MTPOTrainer])
 def test_every_base_converses_by_trls_sampler(trainer, classroom, monkeypatch):
     make, script, _ = classroom
@@ -181,11 +245,8 @@ def test_a_conversation_that_was_cut_is_judged_as_far_as_it_went(tmp_path):
     def longest(prompts, first, second):
         return [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
 
-    stored, honest = [], MTPOTrainer.group_loss
     run = build(MTPOTrainer, tmp_path, judge=longest, arguments={"rollout_func": cut}, **FIXED)
-    run.group_loss = lambda group: (stored.append(group.stored), honest(run, group))[1]
-    run.train()
-    (batch,) = stored
+    (batch,) = kept(run)
     winners = batch["win"].argmax(1)
     assert winners.tolist() == [3, 3]
     assert sorted(batch["completion_mask"][:, 3].sum(1).tolist()) == [4, 5]
@@ -217,6 +278,13 @@ def test_an_unscorable_conversation_is_as_if_never_drawn(rewarded, tmp_path):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
+def test_rewards_are_credited_among_the_scored_and_one_alone_is_as_if_never_drawn():
+    nan = math.nan
+    rewards = torch.tensor([[1.0, nan, nan], [2.0, 4.0, nan], [0.0, 3.0, 6.0], [nan, nan, nan]])
+    expected = [[nan, nan, nan], [-2.0, 2.0, nan], [-4.5, 0.0, 4.5], [nan, nan, nan]]
+    torch.testing.assert_close(reward_credit(rewards), torch.tensor(expected), equal_nan=True)
+
+
 def test_one_turn_is_self_play_preference_optimisation(tmp_path):
     """Trainer against trainer, step after step: MTPO without turns is SPO."""
     options = dict(judge=by_letters, beta=0.3, max_steps=3, max_grad_norm=0.0)
@@ -242,10 +310,7 @@ def test_what_was_sampled_is_scored_under_the_mixture(temperature, tmp_path):
     torch.manual_seed(1)
     for p in run.ref_model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
-    batches, honest = [], run.group_loss
-    run.group_loss = lambda group: (batches.append(group.stored), honest(group))[1]
-    run.train()
-    batch, models = batches[0], (tiny_llama(len(TOKENIZER)), run.ref_model)
+    batch, models = kept(run)[0], (tiny_llama(len(TOKENIZER)), run.ref_model)
     for row in range(4):
         prompt = batch["prompt_ids"][0, row][batch["prompt_mask"][0, row].bool()]
         spoken = batch["completion_ids"][0, row][batch["completion_mask"][0, row].bool()]
@@ -259,12 +324,28 @@ def test_what_was_sampled_is_scored_under_the_mixture(temperature, tmp_path):
         assert (told - alone).abs().max() > 1e-3
 
 
+def test_an_adapter_turned_off_is_the_reference_in_the_mixture(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    run = build(MTPOTrainer, tmp_path, tau=0.3, arguments={"peft_config": lora}, **FIXED)
+    (batch,) = kept(run)
+    text, masks = (
+        torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=2).flatten(0, 1)
+        for name in ("ids", "mask")
+    )
+    T = batch["completion_ids"].size(2)
+    with torch.no_grad():
+        own = run.model(text, attention_mask=masks).logits[:, -T - 1 : -1]
+        with run.model.disable_adapter():
+            base = run.model(text, attention_mask=masks).logits[:, -T - 1 : -1]
+    expected = (0.7 * own + 0.3 * base).log_softmax(-1).gather(2, text[:, -T:, None]).squeeze(2)
+    mask = batch["completion_mask"].flatten(0, 1)
+    told = batch["sampled_logp"].flatten(0, 1)
+    torch.testing.assert_close(told * mask, expected * mask, rtol=0, atol=1e-5)
+    assert (own - base).abs().max() > 1e-2
+
+
 def test_all_of_the_mixture_is_the_reference(tmp_path):
-    run = build(MTPOTrainer, tmp_path, tau=1.0)
-    batches, honest = [], run.group_loss
-    run.group_loss = lambda group: (batches.append(group.stored), honest(group))[1]
-    run.train()
-    for batch in batches:
+    for batch in kept(build(MTPOTrainer, tmp_path, tau=1.0)):
         mask = batch["completion_mask"]
         torch.testing.assert_close(batch["sampled_logp"] * mask, batch["ref_logp"] * mask)
 
@@ -290,8 +371,10 @@ def test_an_unset_weight_of_the_kl_is_the_papers(options, beta, tmp_path):
 
 TAU = {"tau": 0.1}
 REFUSED = {
-    "tau": ({"tau": 1.5}, "tau=1.5 must lie in"),
-    "beta": ({"beta": -0.1}, "beta=-0.1 be ≥ 0"),
+    "tau": ({"tau": 1.5}, r"tau=1\.5 is no weight. Give a number from 0 to 1\.0"),
+    "no tau": ({"tau": None}, "tau=None is no weight"),
+    "beta": ({"beta": -0.1}, r"beta=-0\.1 is no weight. Give a number from 0 to inf"),
+    "NaN": ({"beta": math.nan}, "beta=nan is no weight"),
     "epsilon": ({"epsilon": 1.5}, r"epsilon=1.5 must lie in \(0, 1\)"),
     "mixture of one": ({**TAU, "beta": 0.0}, "no reference to mix with"),
     "turn_kl": ({"turn_kl": "token"}, "turn_kl='token' is none of sampled, vocab"),
@@ -314,6 +397,26 @@ def test_what_is_refused(name, tmp_path):
     options, says = REFUSED[name]
     with pytest.raises(ValueError, match=says):
         MTPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_each_option_acts(tmp_path):
+    found, common = {}, dict(judge=by_letters, beta=0.3, epsilon=0.02)
+    common |= dict(num_iterations=2, max_steps=3, learning_rate=1e-3)
+    for options in (
+        {},
+        {"turn_kl": "vocab"},
+        {"kl_baseline": "none"},
+        {"tau": 0.3},
+        {"beta": 0.2},
+        {"epsilon": 0.9},
+        {"num_generations": 2},
+        {"judge": "bradley_terry"},
+    ):
+        run = build(MTPOTrainer, tmp_path, **{**common, **options})
+        run.train()
+        found[str(options)] = parameters(run)
+    plain = found.pop("{}")
+    assert [name for name, other in found.items() if torch.equal(plain, other)] == []
 
 
 @pytest.mark.parametrize("options", [{}, {"tau": 0.3}, {"turn_kl": "vocab"}], ids=str)

@@ -1,13 +1,18 @@
 """VinePPO's rounds: which prefixes are continued, how, and what is made of the rollouts."""
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from accelerate.utils import gather_object
+from transformers import LlamaForSequenceClassification
 
 import trl_ext.trainers._seam as seam
+from tests.processes import leave, run_two_ranks
 from tests.runs import (
     TOKENIZER,
     build,
@@ -20,7 +25,7 @@ from tests.runs import (
     told_rollouts,
     vowels,
 )
-from tests.tiny import tiny_prompts
+from tests.tiny import CHARACTERS, tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext import VinePPOConfig, VinePPOTrainer
 from trl_ext.rollouts.steps import step_starts
 
@@ -80,6 +85,30 @@ def test_each_step_of_each_completion_is_continued_from_its_sampled_ids(tmp_path
     assert all(len(ids) + budget - 6 in lengths for ids, budget in rows)
 
 
+def test_what_was_sampled_is_never_tokenised_again(tmp_path):
+    """A token "ab" that no text is tokenised to: each rollout begins with it, and is scored so."""
+    tokenizer = tiny_tokenizer([*CHARACTERS, "ab"])
+    (joined,) = tokenizer.convert_tokens_to_ids(["ab"])
+    assert joined not in tokenizer("abcd").input_ids and tokenizer.decode([joined]) == "ab"
+    seen = []
+
+    def judged(completions, completion_ids, **_):
+        seen.append((completions, completion_ids))
+        return [float(len(text)) for text in completions]
+
+    def rollout(prompts, trainer):
+        said = speak(lambda prompt, i: "cd")(prompts, trainer)
+        return {**said, "completion_ids": [[joined, *ids] for ids in said["completion_ids"]]}
+
+    arguments = {"rollout_func": rollout, "reward_funcs": judged, "processing_class": tokenizer}
+    run = trainer(tmp_path, model=tiny_llama(len(tokenizer)), arguments=arguments)
+    ((prefixes, *_),) = asked(run)
+    assert sorted(ids[-1] == joined for ids in prefixes) == [False, False, True, True]
+    _, (texts, ids) = seen
+    assert all(row[0] == joined for row in ids[2:4] + ids[6:8])
+    assert [text[:2] for text in texts[2:4]] == ["ab", "ab"]
+
+
 def test_rows_of_a_prompt_share_prefixes_and_prompts_share_none(tmp_path):
     """All say the same to all: one prompt's four rows are one row, two prompts are two."""
     run = trainer(tmp_path, arguments={"rollout_func": speak(lambda prompt, i: "abcd")})
@@ -130,6 +159,26 @@ def test_the_end_of_sequence_belongs_to_the_last_step(tmp_path):
     assert told.credit_BT.any() and torch.equal(told.credit_BT[:, 2], told.credit_BT[:, 3])
 
 
+def test_an_end_of_sequence_that_has_a_text_starts_no_step_either(tmp_path):
+    """Of several ends that a model knows, not all are special to its tokenizer."""
+    (end,) = TOKENIZER("z").input_ids
+
+    def rollout(prompts, trainer):
+        said = speak(lambda prompt, i: ("ab", "", "abc", "abc")[i])(prompts, trainer)
+        rows = said["completion_ids"]
+        said["completion_ids"] = [
+            [*ids[:-1], end] if i % 4 < 2 else ids for i, ids in enumerate(rows)
+        ]
+        return said
+
+    run = trainer(tmp_path, arguments={"rollout_func": rollout})
+    run.eos_token_ids = [EOS, end]
+    ((sampled, told),) = watched(run)
+    assert [len(ids) for ids in sampled.completion_ids] == [3, 1, 4, 4] * 2
+    assert told.metrics["rollouts/steps"][0].tolist() == [1, 1, 2, 2] * 2
+    assert torch.equal(told.credit_BT[::4, 1], told.credit_BT[::4, 2])
+
+
 def test_a_completion_that_the_loss_leaves_out_is_not_continued(tmp_path):
     run = trainer(tmp_path, mask_truncated_completions=True, max_completion_length=3)
     run._sampled = lambda prompt_ids, *_: (
@@ -149,18 +198,19 @@ def test_rollouts_are_sampled_under_the_completions_options(tmp_path, monkeypatc
     seen, honest = [], seam.branch
 
     def branch(model, prefix_ids, generation_config, **options):
-        seen.append((generation_config, options, model.training))
+        seen.append((model, generation_config, options, model.training))
         return honest(model, prefix_ids, generation_config, **options)
 
     monkeypatch.setattr(seam, "branch", branch)
     run = trainer(tmp_path, temperature=0.6, top_p=0.9, num_rollouts=3)
     run.train()
-    ((config, options, training),) = seen
+    ((model, config, options, training),) = seen
+    assert model is run.model, "values are of the weights of now"
     assert config is run.generation_config and (config.temperature, config.top_p) == (0.6, 0.9)
     assert (options["branches"], options["rows_per_pass"], training) == (3, 8, True)
     seen.clear()
     trainer(tmp_path, rollout_batch_size=5).train()
-    assert seen[0][1]["rows_per_pass"] == 5
+    assert seen[0][2]["rows_per_pass"] == 5
 
 
 def test_rollouts_are_scored_as_completions_with_their_prefix_and_columns(tmp_path):
@@ -173,6 +223,7 @@ def test_rollouts_are_scored_as_completions_with_their_prefix_and_columns(tmp_pa
     run = trainer(tmp_path, arguments={"reward_funcs": judged})
     calls = asked(run)
     own, rollouts = seen
+    assert run._rewards_B.tolist() == vowels([text for _, text, *_ in own]), "still the round's own"
     answers = dict(zip(run.train_dataset["prompt"], run.train_dataset["answer"], strict=True))
     assert len(own) == 8 and len(rollouts) == 2 * len(calls[0][0])
     begun = {tuple(ids) for ids in calls[0][0]}
@@ -223,6 +274,21 @@ def test_what_reward_functions_log_of_rollouts_is_left_out(tmp_path):
     assert table["rows"].tolist() == [8] * 8
 
 
+def test_a_reward_model_reads_no_more_rows_at_once_than_of_a_round(tmp_path):
+    config = tiny_llama(len(TOKENIZER)).config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    model, read = LlamaForSequenceClassification(config), []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    arguments = {"reward_funcs": model, "reward_processing_classes": TOKENIZER}
+    run = trainer(tmp_path, num_rollouts=3, arguments=arguments)
+    ((prefixes, *_),) = asked(run)
+    assert sum(read) == 8 + 3 * len(prefixes) > 16 and set(read[:-1]) == {8} and read[-1] <= 8
+    assert math.isfinite(run.state.log_history[0]["rollouts/value"])
+
+
 def test_unscorable_rollouts_are_left_out_of_the_value(tmp_path):
     """Of K = 2 only the second is scored, and the first would have earned something else."""
 
@@ -261,10 +327,15 @@ class FakeEngine:
         return None, ids, [[[-1.0]] * len(row) for row in ids], None
 
 
-def test_with_vllm_each_prefix_is_sent_k_times_and_cut_at_its_own_budget(tmp_path):
-    run = trainer(tmp_path, num_rollouts=3, max_completion_length=7)
+def served(run):
+    """The run with a fake engine in place of the model's own sampling."""
     run.use_vllm, run._last_loaded_step = True, -1
     run.vllm_generation = FakeEngine()
+    return run
+
+
+def test_with_vllm_each_prefix_is_sent_k_times_and_cut_at_its_own_budget(tmp_path):
+    run = served(trainer(tmp_path, num_rollouts=3, max_completion_length=7))
     calls, honest = [], run._continued
 
     def continued(prefix_ids, budgets, K):
@@ -280,6 +351,58 @@ def test_with_vllm_each_prefix_is_sent_k_times_and_cut_at_its_own_budget(tmp_pat
     whole = [[*range(10 + k, 16), EOS] for k in range(3)]
     assert found == [[row[:budget] for row in whole] for budget in budgets]
     assert len({len(rows[0]) for rows in found}) > 1
+
+
+def test_all_processes_send_the_engine_equally_many_prefixes(tmp_path, monkeypatch):
+    """Another process has three more: what is sent in their stead is not heard."""
+    monkeypatch.setattr(seam, "gather_object", lambda counts: [*counts, counts[0] + 3])
+    run = served(trainer(tmp_path))
+    found = run._continued([[5, 6], [7]], [9, 4], 2)
+    ((sent, K),) = run.vllm_generation.asked
+    assert K == 2 and sent == [[5, 6], [5, 6], [7], [7], *[[EOS]] * 6]
+    assert [[len(row) for row in rows] for rows in found] == [[7, 6], [4, 4]]
+
+
+def test_without_any_prefix_the_engine_is_left_alone(tmp_path):
+    run = served(trainer(tmp_path))
+    assert run._continued([], [], 2) == [] and run.vllm_generation.asked == []
+
+
+class Together(FakeEngine):
+    """Waits for all processes, as TRL's engines do, and counts what each of them sends."""
+
+    def generate(self, prompts, images, num_generations, profiler):
+        assert len(set(gather_object([len(prompts)]))) == 1
+        return super().generate(prompts, images, num_generations, profiler)
+
+
+def each_with_prefixes_of_its_own(folder):
+    """On each of two ranks: its completions have other steps than those of the other."""
+
+    def said(prompt, i):
+        return "abcdefgh"[: 1 + i] if torch.distributed.get_rank() else "ab"
+
+    for engine in (None, Together()):
+        arguments = {"rollout_func": speak(said), "train_dataset": tiny_prompts(16)}
+        options = {"per_device_train_batch_size": 4, "vllm_importance_sampling_correction": False}
+        run = trainer(folder, arguments=arguments, **options)
+        if engine is not None:
+            served(run).vllm_generation = engine
+        counts, honest = [], run._continued
+
+        def continued(prefix_ids, *rest, counts=counts, honest=honest):
+            counts.append(len(prefix_ids))
+            return honest(prefix_ids, *rest)
+
+        run._continued = continued
+        run.train()
+        assert gather_object(counts) == [1, 2], "or else nothing was tried"
+        assert run.state.log_history[0]["rollouts/prefixes"] == (1 + 2) / 8
+    leave()
+
+
+def test_processes_with_different_numbers_of_prefixes_do_not_wait_for_each_other(tmp_path):
+    run_two_ranks(lambda rank: ["-m", "tests.trainers.test_vineppo", str(tmp_path)])
 
 
 # What is made of them
@@ -322,6 +445,29 @@ def test_the_table_shows_values_along_the_steps_and_where_the_solution_was_lost(
     assert first["advantage"].tolist() == pytest.approx([0.0, -3 / 5, -2 / 5, 0.0])
 
 
+def test_the_table_knows_what_could_not_be_scored(tmp_path):
+    """The only rollouts that are scored are those of the whole: the row's one step is lost."""
+
+    def some(completions, **_):
+        texts = texts_of(completions)
+        if len(texts) == 8:
+            return [0.0, None] * 4
+        return [1.0 if len(text) < 2 else None for text in texts]
+
+    run = trainer(
+        tmp_path,
+        arguments={"rollout_func": speak(lambda prompt, i: "abcdef"), "reward_funcs": some},
+        **{"log_completions": True, "log_values": True, "num_completions_to_print": 0},
+    )
+    run._continued = lambda prefix_ids, budgets, K: [[[EOS]] * K for _ in prefix_ids]
+    run.train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    known = [[None if math.isnan(v) else v for v in map(float, row)] for row in table["values"]]
+    assert known[:2] == [[1.0, None, None, 0.0], [1.0, None, None, None]]
+    assert table["lost_step"].fillna("").tolist()[:2] == ["ab", ""]
+    assert table["lost_at_step"].fillna(-1).tolist()[:2] == [0, -1]
+
+
 def test_metrics_count_steps_prefixes_and_rollouts(tmp_path):
     run = trainer(tmp_path, arguments={"rollout_func": speak(lambda prompt, i: "abcd")})
     run.train()
@@ -338,12 +484,18 @@ def test_metrics_count_steps_prefixes_and_rollouts(tmp_path):
     [
         ({"scale_rewards": "group"}, "scale_rewards='group' is not applied.*Leave it at 'none'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "is not applied: a value is"),
-        ({"num_rollouts": 0}, "num_rollouts=0 is too few"),
+        ({"importance_sampling_level": "sequence"}, "='sequence' is not applied: one ratio per"),
+        ({"vllm_structured_outputs_regex": "a+"}, "='a.' is not applied: the pattern would begin"),
+        ({"num_rollouts": 0}, "num_rollouts=0 is no count"),
+        ({"num_rollouts": 2.5}, r"num_rollouts=2\.5 is no count"),
+        ({"num_rollouts": None}, "num_rollouts=None is no count"),
+        ({"min_step_tokens": None}, "min_step_tokens=None is no count"),
         ({"min_step_tokens": 0}, "min_step_tokens=0"),
         ({"max_steps_per_completion": 0}, "max_steps_per_completion=0"),
         ({"rollout_batch_size": 0}, "rollout_batch_size=0"),
         ({"log_values": True}, "log_values=True is not applied.*log_completions=True"),
         ({"splitter": "words"}, "splitter='words' names no function"),
+        ({"splitter": None}, "splitter=None says not where steps begin. Give 'lines'"),
     ],
     ids=str,
 )
@@ -408,13 +560,28 @@ def test_a_server_that_works_ahead_is_refused(tmp_path):
         **{**vars(run.args), "schedule": "sync", "generation_kwargs": {"min_tokens": 3}},
         scores_text_again=False,
     )
-    with pytest.raises(ValueError, match="min_tokens in generation_kwargs"):
+    with pytest.raises(ValueError, match="min_tokens=3 in generation_kwargs: it would begin anew"):
         run._refuse_unsupported()
 
 
-def test_options_that_count_from_a_completions_start_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"min_new_tokens=2 is not supported where completions"):
-        trainer(tmp_path, generation_kwargs={"min_new_tokens": 2})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_new_tokens": 2}, "min_new_tokens=2 is not supported where completions"),
+        ({"max_new_tokens": 3}, "max_new_tokens=3 in generation_kwargs.*max_completion_length"),
+    ],
+    ids=str,
+)
+def test_options_that_count_from_a_completions_start_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, generation_kwargs=options)
+
+
+def test_such_options_of_the_model_s_own_are_refused_too(tmp_path):
+    model = tiny_llama(len(TOKENIZER))
+    model.generation_config.min_new_tokens = 2
+    with pytest.raises(ValueError, match=r"min_new_tokens=2.* in the model's generation_config"):
+        trainer(tmp_path, model=model)
 
 
 def test_completions_of_several_turns_are_refused(tmp_path):
@@ -428,8 +595,18 @@ def test_completions_of_several_turns_are_refused(tmp_path):
 
 def test_more_rollouts_and_other_splits_are_other_runs(tmp_path):
     runs = []
-    for options in ({}, {"num_rollouts": 5}, {"splitter": "lines"}, {"min_step_tokens": 3}):
+    for options in (
+        {},
+        {"num_rollouts": 5},
+        {"splitter": "lines"},
+        {"min_step_tokens": 3},
+        {"max_steps_per_completion": 2},
+    ):
         run = trainer(tmp_path, max_steps=2, **options)
         run.train()
         runs.append(parameters(run))
     assert all(not torch.equal(runs[0], other) for other in runs[1:])
+
+
+if __name__ == "__main__":
+    each_with_prefixes_of_its_own(Path(sys.argv[1]))

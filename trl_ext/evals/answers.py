@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.evals import likelihood
 from trl_ext.evals.options import EvaluationOptions
-from trl_ext.rollouts.splice import answer_token_ids, thought_length
+from trl_ext.rollouts.splice import answer_token_ids, check_context, thought_length
 
 
 def answer_logps(
@@ -27,6 +27,9 @@ def answer_logps(
 
     Returns:
         Nats, summed over the answer's tokens; NaN where the completion has no marker.
+
+    Raises:
+        ValueError: an answer that is no text, or is empty, or longer than the model's context.
     """
     assert options.marker is not None
     logps = [math.nan] * len(rows)
@@ -37,6 +40,8 @@ def answer_logps(
             written = (options.answer_prefix, options.answer_eos)
             ids = answer_token_ids(tokenizer, {"answer": answer}, *written)
             told[i] = (prompt + completion[:n], ids)
+    lengths = [len(context) + len(ids) for context, ids in told.values()]
+    check_context(lengths, model, "prompt, thought and reference answer")
     batches = likelihood.in_batches(model, list(told.values()), options.batch_size)
     scored = (logp for batch in batches for logp in likelihood.completion_logps(model, batch))
     for i, logp in zip(told, scored, strict=True):

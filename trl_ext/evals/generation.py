@@ -15,6 +15,7 @@ from trl_ext.evals.options import EvaluationOptions
 from trl_ext.evals.result import EvaluationResult
 from trl_ext.evals.scoring import RewardFunc
 from trl_ext.evals.shares import first_rows, rows_of_all_processes, whole_model
+from trl_ext.rollouts.splice import check_marker
 
 
 def evaluate_generations(
@@ -47,9 +48,12 @@ def evaluate_generations(
         The scored completions, whose `metrics()` gives the numbers.
 
     Raises:
-        ValueError: an argument out of range, or a model sharded by FSDP or ZeRO-3.
+        ValueError: an argument out of range, a marker that the tokenizer does not give back, or a
+            model sharded by FSDP or ZeRO-3.
     """
     checked = EvaluationOptions(**options)
+    if checked.marker is not None:
+        check_marker(tokenizer, checked.marker, checked.answer_prefix)
     model = whole_model(model)
     funcs = _checked_funcs(reward_funcs, checked)
     chunks = _Chunks(

@@ -1,8 +1,10 @@
 """A Llama-family decoder without rotary embeddings; the attention is the subclass's."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import (
@@ -98,6 +100,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+def _check_host() -> None:
+    # The package does not install beside an older host, but the code in a checkpoint may meet one.
+    if "cache" not in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}:
+        raise ImportError(
+            f"this model needs transformers 5.24 or later, and here is {transformers.__version__}: "
+            "`pip install -U transformers`."
+        )
+
+
 class DecoderPreTrainedModel(PreTrainedModel):
     """What transformers asks of both models' classes."""
 
@@ -115,6 +126,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     # serving engines read as leave to put their own softmax in.
 
     def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
+        _check_host()
         implementation(config)
         super().__init__(config, *args, **kwargs)
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATIONS = ("naive", "chunked", "triton")
 
@@ -24,8 +25,16 @@ def implementation(config: PreTrainedConfig) -> str | None:
     """The `implementation` that the configuration asks for; None: the best one for the device.
 
     Raises:
-        ValueError: it names an attention of another model.
+        ValueError: it names an attention of another model, or the host's table does not hold ours.
     """
+    # Not called here, but DeepSpeed puts its own behind every name, and then splits the rows.
+    entry = ALL_ATTENTION_FUNCTIONS.get(f"{config.model_type}_naive")
+    if getattr(entry, "refuses_for", None) != config.model_type:
+        raise ValueError(
+            f"the attentions of {config.model_type!r} were replaced in transformers' table, as by "
+            "DeepSpeed's sequence parallelism: each process would attend to its own part of a row "
+            "alone. Set sp_size=1."
+        )
     return check_name(config.model_type, config._attn_implementation or "eager")
 
 
@@ -51,6 +60,8 @@ def register(model_type: str) -> None:
             "and k before the call, and the result would be neither. Convert the model with "
             f"`trl_ext.models.{model_type}.from_llama`."
         )
+
+    refuse.refuses_for = model_type  # pyright: ignore[reportFunctionMemberAccess]
 
     def padding_only(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         return attention_mask

@@ -16,6 +16,7 @@ rationales.
 Source: arXiv:2503.19618, whose printed formulas omit a logarithm and print aᵢ for the thought.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -251,6 +252,7 @@ def bound_estimate(answer_logp_PM: Tensor, n: int, most_subsets: int = MOST_SUBS
     return least_P + torch.stack(above)
 
 
+@functools.lru_cache(maxsize=32)
 def _subsets(M: int, n: int, most: int) -> Tensor:
     """`(S, n)`, all subsets of n among M; of more than `most` those that permutations cut out."""
     if math.comb(M, n) <= most:

@@ -5,17 +5,25 @@ repeated, and decoding goes on from the last token as if each row had been prefi
 Rows that have ended are dropped every few tokens, and their cache with them. The law of each row is
 that of `model.generate` on its prefix: neighbours, padding and dropped rows do not enter it.
 
-Any `Cache` of transformers that counts its tokens can be branched, sliding windows and recurrent
-states too. A model without one, as Mamba, starts from the whole prefix: rightly, not as fast.
+A `DynamicCache` that counts its tokens can be branched, sliding windows and recurrent states too. A
+model without one, as Mamba, and one whose cache has rows of its own, as MiniMax, start from the
+whole prefix: rightly, not as fast.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from trl_ext.rollouts._inputs import accepted, device_of, pad_left, positions
 from trl_ext.rollouts._roomy import take_rows
@@ -28,6 +36,8 @@ NEUTRAL = {
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "begin_suppress_tokens": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
     "exponential_decay_length_penalty": (None,),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
@@ -36,6 +46,7 @@ NEUTRAL = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
     "stop_strings": (None,),
+    "token_healing": (None, False),
     "watermarking_config": (None,),
 }
 
@@ -58,9 +69,10 @@ def branch(
             sample in.
         prefix_ids: `N` prompts with the beginnings of their completions, at least one token each.
         generation_config: as TRL builds it, with `pad_token_id`; its `max_new_tokens` is not read.
+            What it leaves open is as the model's own `generation_config` says.
         branches: K ≥ 1.
         max_new_tokens: `N` budgets, each at least 1.
-        eos_token_ids: each of them ends a continuation.
+        eos_token_ids: each of them ends a continuation, as do those of `generation_config`.
         rows_per_pass: continuations that are decoded at once; K of one prefix at the least.
 
     Returns:
@@ -71,32 +83,39 @@ def branch(
             a completion began.
     """
     _check(prefix_ids, max_new_tokens, branches)
-    refuse_branching_options(generation_config)
+    refuse_branching_options(generation_config, model)
+    config, ends = _in_strides(generation_config), _ends(generation_config, eos_token_ids)
     found: list[list[list[int]]] = [[] for _ in prefix_ids]
     lengths = list(zip(map(len, prefix_ids), max_new_tokens, strict=True))
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     per_pass = max(1, rows_per_pass // branches)
     for begin in range(0, len(by_length), per_pass):
         chosen = by_length[begin : begin + per_pass]
-        rows = _continuations(
-            model,
-            [prefix_ids[i] for i in chosen],
-            [max_new_tokens[i] for i in chosen for _ in range(branches)],
-            _in_strides(generation_config),
-            set(eos_token_ids),
-        )
+        budgets = [max_new_tokens[i] for i in chosen for _ in range(branches)]
+        with _any_cache(model):
+            rows = _continuations(model, [prefix_ids[i] for i in chosen], budgets, config, ends)
         for place, i in enumerate(chosen):
             found[i] = rows[place * branches : (place + 1) * branches]
     return found
 
 
-def refuse_branching_options(config: GenerationConfig) -> None:
+def refuse_branching_options(config: GenerationConfig, model: Any = None) -> None:
     """Refuses options under which a continuation would not be the rest of a completion.
+
+    Args:
+        config: options of the completions.
+        model: whose own `generation_config` says what `config` leaves open.
 
     Raises:
         ValueError: such an option is set.
     """
-    refuse_options(config, NEUTRAL, "where completions are continued: it would begin anew there")
+    reason = "where completions are continued: it would begin anew there"
+    refuse_options(config, NEUTRAL, reason)
+    own = getattr(model, "generation_config", None)
+    if own is not None:
+        both = copy.deepcopy(config)
+        both.update(**own.to_dict(), defaults_only=True)
+        refuse_options(both, NEUTRAL, f"in the model's generation_config {reason}")
 
 
 def _check(prefix_ids: Sequence, max_new_tokens: Sequence[int], branches: int) -> None:
@@ -115,6 +134,26 @@ def _in_strides(config: GenerationConfig) -> GenerationConfig:
     config.update(return_dict_in_generate=True, use_cache=True, max_length=None)
     config.cache_implementation = None  # a static cache is as wide as it was built
     return config
+
+
+def _ends(config: GenerationConfig, eos_token_ids: Sequence[int]) -> set[int]:
+    own = config.eos_token_id
+    return {*eos_token_ids, *([own] if isinstance(own, int) else own or [])}
+
+
+@contextmanager
+def _any_cache(model: Any) -> Iterator[None]:
+    """Else `generate` takes no cache where the model's own options name another kind."""
+    own = getattr(model, "generation_config", None)
+    kind = getattr(own, "cache_implementation", None)
+    if kind is None:
+        yield
+        return
+    own.cache_implementation = None
+    try:
+        yield
+    finally:
+        own.cache_implementation = kind
 
 
 def _continuations(
@@ -158,7 +197,8 @@ def _prefilled(model: Any, ids: Tensor, mask: Tensor) -> Cache | None:
 def _cache_of(told: Any) -> Cache | None:
     cache = getattr(told, "cache", None)
     try:
-        return cache if isinstance(cache, Cache) and cache.get_seq_length() else None
+        # A cache of a model's own may keep rows that `take_rows` knows nothing of.
+        return cache if type(cache) is DynamicCache and cache.get_seq_length() else None
     except ValueError:  # no layer counts tokens, and `generate` could not take it up
         return None
 

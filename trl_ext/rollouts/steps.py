@@ -9,8 +9,9 @@ merged looking back, and why the splitters here decide nothing from the text beh
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -98,7 +99,7 @@ def step_starts(
         Ascending positions in [0, T), the first of them 0; empty for an empty completion.
 
     Raises:
-        ValueError: an option below 1, or a position outside the text.
+        ValueError: an option below 1, or what the splitter returns is no position in the text.
     """
     for name, value in (("min_tokens", min_tokens), ("most_steps", most_steps)):
         if value is not None and value < 1:
@@ -110,9 +111,9 @@ def step_starts(
     for token, offset in enumerate(offsets):
         if offset == len(text):
             break  # EOS, and what else has no text
-        passed = sum(cut <= offset for cut in cuts[seen:])
-        seen += passed
-        long_enough = passed and token - starts[-1] >= min_tokens
+        passed = bisect_right(cuts, offset, lo=seen)
+        long_enough = passed > seen and token - starts[-1] >= min_tokens
+        seen = passed
         if long_enough and (most_steps is None or len(starts) < most_steps):
             starts.append(token)
     return starts
@@ -217,11 +218,15 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[st
     return text + behind, offsets
 
 
-def _checked(cuts: Sequence[int], text: str) -> list[int]:
-    for cut in cuts:
-        if not 0 <= cut <= len(text):
+def _checked(cuts: Any, text: str) -> list[int]:
+    wanted = "Return positions of characters, from 0 to len(text)."
+    if not isinstance(cuts, Iterable):
+        raise ValueError(f"splitter: it returned {cuts!r}. {wanted}")
+    found = set(cuts)
+    for cut in found:
+        if not isinstance(cut, Integral) or not 0 <= cut <= len(text):
             raise ValueError(
-                f"splitter: position {cut} lies outside a text of {len(text)} characters. Return "
-                "positions of characters, from 0 to len(text)."
+                f"splitter: position {cut!r} lies outside a text of {len(text)} characters. "
+                f"{wanted}"
             )
-    return sorted(set(cuts))
+    return sorted(found)

@@ -766,6 +766,8 @@ class CreditTrainer(ScheduledTrainer):
     ) -> list[list[list[int]]]:
         # The engine is asked by all processes together, each with equally many rows.
         most = max(gather_object([len(prefix_ids)]))
+        if most == 0:
+            return []
         idle = [[self.eos_token_ids[0]]] * (most - len(prefix_ids))
         asked = [ids for ids in [*prefix_ids, *idle] for _ in range(K)]
         told, _ = self._sampled(asked, None, {}, K)
@@ -781,16 +783,21 @@ class CreditTrainer(ScheduledTrainer):
         prompt_ids = _unpadded(output["prompt_ids"], output["prompt_mask"])
         rows = [self._inputs[place] for place in places]
         completions = self._shown(rows, [prompt_ids[place] for place in places], completion_ids)
-        rewards_B = self._rewards_B
+        prompts, rewards_B, found = [row["prompt"] for row in rows], self._rewards_B, []
+        # A reward model reads no more at once than it does of the round itself.
+        read_by_model = any(isinstance(function, nn.Module) for function in self.reward_funcs)
+        rows_per_pass = len(self._inputs) if read_by_model else len(rows)
         with _own_rows_only():
-            self._calculate_rewards(
-                rows, [row["prompt"] for row in rows], completions, completion_ids
-            )
-        found, self._rewards_B = self._rewards_B, rewards_B
+            for begin in range(0, len(rows), rows_per_pass):
+                part = slice(begin, begin + rows_per_pass)
+                columns = (rows, prompts, completions, completion_ids)
+                self._calculate_rewards(*(column[part] for column in columns))
+                found.append(self._rewards_B)
+        self._rewards_B = rewards_B
         # What reward functions log is of the completions that are trained on.
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
-        return found
+        return torch.cat(found)
 
     def _shown(
         self, rows: list[dict], prompt_ids: list[list[int]], completion_ids: list[list[int]]
@@ -1165,13 +1172,14 @@ class GroupTrainer(ScheduledTrainer):
         group = Group(logp, ref, old, mask, inputs, logits)
         loss_P, metrics = self.group_loss(group)
         assert loss_P.shape == (P,), loss_P.shape
-        metrics = {**metrics, "entropy": (entropy_BT, mask_BT)}
+        sampled_BT = mask_BT * (1 - rows["answer_mask"]) if "answer_mask" in rows else mask_BT
+        metrics = {**metrics, "entropy": (entropy_BT, sampled_BT)}
         if "ref_logp" in rows:
-            metrics["kl"] = (k3(now_BT, ref_BT), mask_BT)
+            metrics["kl"] = (k3(now_BT, ref_BT), sampled_BT)
         if self.model.training:
             self._log_staleness(inputs)
             if "old_logp" in rows:
-                self._log_drift(logp_BT - old_BT, mask_BT)
+                self._log_drift(logp_BT - old_BT, sampled_BT)
         self._log_means(metrics)
         loss = loss_P.mean()
         if self.aux_loss_enabled:

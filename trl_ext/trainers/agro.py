@@ -29,10 +29,13 @@ of the column `logps`, which lists per row the log μ of each whole completion.
 """
 
 import functools
+import math
 import textwrap
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_ext.objectives.agro import (
@@ -44,6 +47,7 @@ from trl_ext.objectives.agro import (
     topr_loss,
 )
 from trl_ext.objectives.sequence_policy import leave_one_out_advantage
+from trl_ext.rollouts.splice import check_context
 from trl_ext.trainers._seam import GroupTrainer
 from trl_ext.trainers.base import refuse_ignored, refuse_truncated_sampling, refuse_unknown
 from trl_ext.trainers.group import GroupConfig
@@ -54,7 +58,7 @@ from trl_ext.trainers.pair_sources import (
     listed_scores,
     recorded_completions,
 )
-from trl_ext.trainers.replay_buffer import ReplayBuffer
+from trl_ext.trainers.replay_buffer import ReplayBuffer, replayed_groups
 
 TANG_2025 = {
     "title": "RL-finetuning LLMs from on- and off-policy data with a single algorithm",
@@ -71,6 +75,11 @@ CHOICES = {
     "loss_type": ("agro", "copg", "topr"),
     "mode": ("frozen", "full"),
     "data_source": ("online", "offline", "mixed", "replay"),
+}
+# What stands in the dataset's lists: a completion may not be missing, a score may.
+LISTED = {
+    "responses": ("a text or a list of messages", lambda item: isinstance(item, str | list)),
+    "scores": ("a number or None", lambda item: not isinstance(item, str | list | dict)),
 }
 
 
@@ -142,10 +151,15 @@ class AGROConfig(GroupConfig):
             refuse_ignored(self, ["mode"], f"loss_type={self.loss_type!r} has no such choice")
         if self.loss_type == "topr":
             self._check_topr()
-        elif self.beta <= 0:
+        elif not 0 < self.beta < math.inf:
             raise ValueError(
-                f"beta={self.beta} must be positive: without a KL every constant reward is an "
-                "optimum of the variance. For rewards alone use trl_ext.GRPOTrainer."
+                f"beta={self.beta} must be positive and finite: without a KL every constant reward "
+                "is an optimum of the variance. For rewards alone use trl_ext.GRPOTrainer."
+            )
+        if self.judge is not None and not self.asks_judge:
+            raise ValueError(
+                f"judge={self.judge!r} is not applied: the loss is of the rewards themselves. "
+                "Leave it unset, or pass a judge, whose win rates then are the rewards."
             )
         if self.mode == "full":
             self._check_full()
@@ -161,6 +175,14 @@ class AGROConfig(GroupConfig):
             raise ValueError(
                 f"replay_rounds={self.replay_rounds} must be ≥ 0 and replay_share="
                 f"{self.replay_share} in (0, 1]."
+            )
+        rows = self.per_device_train_batch_size * (self.steps_per_generation or 1)
+        groups = rows // (self.num_generations or 1)
+        if self.replay_rounds and not replayed_groups(self.replay_share, groups):
+            raise ValueError(
+                f"replay_share={self.replay_share} of the {groups} groups that a process samples "
+                "per round is none: nothing would be trained on again. Raise replay_share, "
+                "per_device_train_batch_size or steps_per_generation."
             )
 
     def _check_topr(self) -> None:
@@ -224,9 +246,7 @@ class AGROTrainer(GroupTrainer):
             return None
         if self.args.data_source == "replay":
             return recorded_completions(inputs, self.group_size)
-        known = (inputs, prompt_ids, self.group_size, self.processing_class)
-        everyone = self.args.data_source == "offline"
-        return listed_completions(*known, self.chat_template_kwargs, everyone=everyone)
+        return listed(self, inputs, prompt_ids)
 
     def given_scores(self, inputs, completion_ids):
         if self.args.data_source == "replay":
@@ -241,6 +261,37 @@ class AGROTrainer(GroupTrainer):
     def group_loss(self, group: Group) -> tuple[Tensor, Metrics]:
         loss = tapered_loss if self.args.loss_type == "topr" else variance_loss
         return loss(self.args, group)
+
+
+def listed(trainer: Any, rows: list, prompt_ids: list) -> list[list[int] | None]:
+    """Token ids of the column `responses`, None where the list has ended and one is sampled."""
+    for row in rows:
+        check_lists(row)
+    offline = trainer.args.data_source == "offline"
+    known = (rows, prompt_ids, trainer.group_size, trainer.processing_class)
+    given = listed_completions(*known, trainer.chat_template_kwargs, everyone=offline)
+    if trainer.use_vllm and len({*gather_object([len(row["responses"]) for row in rows])}) > 1:
+        raise ValueError(
+            "the column 'responses' has lists of different lengths, which is not supported with "
+            "use_vllm=True: vLLM is asked for equally many samples of each prompt. Make the lists "
+            "equally long, or set use_vllm=False."
+        )
+    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, given, strict=True) if c is not None]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    check_context(lengths, model, "prompt and response")
+    return given
+
+
+def check_lists(row: dict[str, Any]) -> None:
+    """Refuses a text in the place of a list, which would be read letter by letter, and the like."""
+    for column, (items, fits) in LISTED.items():
+        told = row.get(column, ())
+        a_list = hasattr(told, "__len__") and not isinstance(told, str)
+        if not a_list or not all(map(fits, told)):
+            raise ValueError(
+                f"the column {column!r} holds {str(told)[:60]!r} for the prompt "
+                f"{str(row['prompt'])[:60]!r}: give a list per row, {items} for each completion."
+            )
 
 
 def select_all(args: AGROConfig, rewards_PG: Tensor, rows: list) -> Selection:
@@ -266,9 +317,10 @@ def variance_loss(args: AGROConfig, group: Group) -> tuple[Tensor, Metrics]:
     else:
         loss_PM = agro_loss(R_PM, group.logp_PM)
     away_PM = leave_one_out_advantage(R_PM) * R_PM.nan_to_num()  # its mean is R's variance
+    compared_P = ((~R_PM.isnan()).sum(1) > 1).to(R_PM.dtype)
     return loss_PM.mean(1), {
         "return": _scored(R_PM),
-        "return_variance": (away_PM.mean(1), torch.ones_like(away_PM[:, 0])),
+        "return_variance": (away_PM.mean(1), compared_P),
     }
 
 

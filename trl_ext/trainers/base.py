@@ -14,15 +14,36 @@ from trl_ext.objectives.reduce import EXACT_FOR_SEQUENCES
 SCHEDULES = ("sync", "one_step")
 
 
+# What makes the sampler another policy, with the value that does not.
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+# The same among `generation_kwargs`, which win over the config's own options.
+NEUTRAL_KWARGS = {
+    **NEUTRAL,
+    **{"do_sample": True, "num_beams": 1, "typical_p": 1.0, "top_h": None},
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "presence_penalty", "frequency_penalty"), 0.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_new_tokens", "min_length", "min_tokens"), 0),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("sequence_bias", "logit_bias", "forced_bos_token_id", "forced_eos_token_id")),
+}
+
+
 def refuse_truncated_sampling(config: trl.GRPOConfig, what: str) -> None:
     """An identity about the policy says nothing about a sampler that is another policy."""
-    neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
-    for name, value in neutral.items():
+    reason = "completions would come from another policy than the one that is scored"
+    for name, value in NEUTRAL.items():
         given = getattr(config, name)
         if given != value and given:
             raise ValueError(
-                f"{name}={given!r} is not supported with {what}: completions would come from "
-                f"another policy than the one that is scored. Set {name}={value!r}."
+                f"{name}={given!r} is not supported with {what}: {reason}. Set {name}={value!r}."
+            )
+    neutral = {**NEUTRAL_KWARGS, "temperature": config.temperature}
+    own: Any = config.generation_kwargs or {}
+    for name, given in own.items():
+        turned_off = not given and name not in ("do_sample", "temperature")
+        if name in neutral and given != neutral[name] and not turned_off:
+            raise ValueError(
+                f"{name}={given!r} in generation_kwargs is not supported with {what}: {reason}. "
+                "Leave it out."
             )
 
 

@@ -12,7 +12,10 @@ reference answer, tokenised on its own, stands behind it, and one forward pass o
 and answer gives log π(c|x) and log p, both with their gradient and of the policy of now. The loss
 has two terms: the thought's score times its advantage, and the answer's log-likelihood times
 `supervised_coef`. The KL is that of the thought's law. A completion without marker, cut short or
-not, has no answer: it is masked from the bound and learns from `format_penalty` alone.
+not, has no answer: it is masked from the bound and learns from `format_penalty` and the KL alone.
+
+With `combine_with_reward` a prompt that some sample solved is left to RLOO on the rewards of whole
+completions, normalised and clipped as the bound's advantages are; the format penalty stays.
 
 With `supervised_coef=1`, `format_penalty=0`, `advantage_clip=inf` and `advantage_scale="none"` the
 gradient is exactly that of the bound.
@@ -39,7 +42,14 @@ from trl_ext.objectives.jepo import (
 )
 from trl_ext.objectives.kl import sequence_kl_loss, sequence_total_kl_loss
 from trl_ext.objectives.sequence_policy import leave_one_out_advantage, proximal_loss
-from trl_ext.rollouts.splice import answer_token_ids, cut, thought_length, with_answers
+from trl_ext.rollouts.splice import (
+    answer_token_ids,
+    check_context,
+    check_marker,
+    cut,
+    thought_length,
+    with_answers,
+)
 from trl_ext.trainers._seam import GroupTrainer
 from trl_ext.trainers.base import refuse_ignored, refuse_truncated_sampling, refuse_unknown
 from trl_ext.trainers.group import GroupConfig
@@ -151,7 +161,7 @@ class JEPOConfig(GroupConfig):
         default=False,
         metadata={
             "help": "Policy gradient on the reward functions where some sample earned a reward, "
-            "the bound where none did (arXiv:2503.19618, section 5)."
+            "the bound where none did; the format penalty in both (arXiv:2503.19618, section 5)."
         },
     )
 
@@ -160,16 +170,13 @@ class JEPOConfig(GroupConfig):
         refuse_unknown(self, CHOICES)
         refuse_ignored(self, ["loss_type"], "`bound` says which loss")
         refuse_ignored(self, ["judge"], "the reference answer takes the place of a judge")
-        if min(self.beta, self.supervised_coef, self.format_penalty) < 0 or not (
-            self.advantage_clip > 0
-        ):
-            raise ValueError(
-                f"beta={self.beta}, supervised_coef={self.supervised_coef} and format_penalty="
-                f"{self.format_penalty} must be ≥ 0, and advantage_clip={self.advantage_clip} "
-                "positive."
-            )
+        self._check_ranges()
         if self.bound == "latro":
             refuse_ignored(self, ["kl_gradient"], "bound='latro' has the KL in its reward")
+        if self.beta == 0:
+            refuse_ignored(self, ["kl_gradient"], "beta=0 leaves no KL")
+        what = "a record would show reference answers as if they had been sampled"
+        refuse_ignored(self, ["record_path"], what)
         refuse_truncated_sampling(self, f"bound={self.bound!r}")
         if self.temperature != 1.0:
             raise ValueError(
@@ -177,6 +184,17 @@ class JEPOConfig(GroupConfig):
                 "thoughts would come from another policy than the one whose answers are scored, "
                 "which is the policy itself. Set temperature=1.0."
             )
+
+    def _check_ranges(self) -> None:
+        weights = self.beta, self.supervised_coef, self.format_penalty
+        if not (all(0 <= w < math.inf for w in weights) and self.advantage_clip > 0):
+            raise ValueError(
+                f"beta={self.beta}, supervised_coef={self.supervised_coef} and format_penalty="
+                f"{self.format_penalty} must be finite and ≥ 0, and advantage_clip="
+                f"{self.advantage_clip} positive."
+            )
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon={self.epsilon} must lie in (0, 1): ratios stay in 1 ± ε.")
 
     @property
     def score_name(self) -> str | None:
@@ -195,6 +213,10 @@ class JEPOTrainer(GroupTrainer):
     def uses_old_logp(self) -> bool:
         return True
 
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        refuse_what_a_splice_lacks(self)
+
     def given_scores(self, inputs, completion_ids):
         if self.args.combine_with_reward:
             return []
@@ -212,11 +234,7 @@ class JEPOTrainer(GroupTrainer):
         sampled = [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
         marked = [self._thought_length(ids) for ids in sampled]
         kept.stored["marked"] = _found(marked, kept.stored["by_bound"])
-        bound_B = kept.stored["by_bound"].repeat_interleave(self.group_size).tolist()
-        lengths = [n if bound else None for n, bound in zip(marked, bound_B, strict=True)]
-        written = (self.args.answer_prefix, self.args.answer_eos)
-        answers = [answer_token_ids(self.processing_class, row, *written) for row in rows]
-        return answered(output, lengths, answers, self.processing_class)
+        return answered(self, output, by_the_bound(marked, kept.stored["by_bound"]), rows)
 
     def _thought_length(self, token_ids: list[int]) -> int | None:
         return thought_length(token_ids, self.processing_class, self.args.marker)
@@ -225,19 +243,47 @@ class JEPOTrainer(GroupTrainer):
         return group_loss(self.args, group)
 
 
+def refuse_what_a_splice_lacks(trainer: Any) -> None:
+    """A thought is what the policy alone sampled, and ends in a marker that it can write."""
+    for name in ("tools", "environment_factories"):
+        if getattr(trainer, name):
+            raise ValueError(
+                f"{name.replace('_factories', '_factory')} is not supported with JEPOTrainer: what "
+                "a tool or an environment writes is no thought of the policy. Leave it unset."
+            )
+    check_marker(trainer.processing_class, trainer.args.marker, trainer.args.answer_prefix)
+
+
 def _found(lengths: list[int | None], like_P: Tensor) -> Tensor:
     """`(P, G)`, whether a completion has a marker."""
     found_B = torch.tensor([n is not None for n in lengths], device=like_P.device)
     return found_B.view(len(like_P), -1)
 
 
+def by_the_bound(lengths: list[int | None], by_bound_P: Tensor) -> list[int | None]:
+    """Lengths of the thoughts behind which a reference answer belongs; None of all others."""
+    bound_B = by_bound_P.repeat_interleave(len(lengths) // len(by_bound_P)).tolist()
+    return [n if bound else None for n, bound in zip(lengths, bound_B, strict=True)]
+
+
 def answered(
-    output: dict, lengths: list[int | None], answers: list[list[int]], tokenizer: Any
+    trainer: Any, output: dict, lengths: list[int | None], rows: list[dict[str, Any]]
 ) -> dict:
-    """The batch with the reference answers behind its thoughts."""
-    pad_token_id = tokenizer.pad_token_id
+    """The batch with the reference answers of the dataset's rows behind its thoughts."""
+    args, tokenizer = trainer.args, trainer.processing_class
+    answers = [
+        answer_token_ids(tokenizer, row, args.answer_prefix, args.answer_eos) for row in rows
+    ]
+    asked = output["prompt_mask"].sum(1).tolist()
+    told = [
+        prompt + n + len(answer)
+        for prompt, n, answer in zip(asked, lengths, answers, strict=True)
+        if n is not None
+    ]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    check_context(told, model, "prompt, thought and reference answer")
     ids_BT, mask_BT = output["completion_ids"], output["completion_mask"]
-    spliced = with_answers(ids_BT, mask_BT, lengths, answers, pad_token_id)
+    spliced = with_answers(ids_BT, mask_BT, lengths, answers, tokenizer.pad_token_id)
     if output["old_logp"] is not None:
         width = spliced["completion_ids"].size(1)
         spliced["old_logp"] = cut(output["old_logp"], lengths, width)
@@ -281,11 +327,11 @@ def _combined(args: JEPOConfig, group: Group, bound_PM: Tensor, scored_PM: Tenso
             advantage_PM, counted_PM, args.advantage_clip, cast(Any, args.advantage_scale)
         )
 
-    everyone_PM, marked_PM = torch.ones_like(scored_PM), group.stored["marked"]
+    marked_PM, everyone_PM = group.stored["marked"], torch.ones_like(scored_PM)
     advantage_PM = scaled(bound_PM, scored_PM)
     if args.combine_with_reward:
         reward_PM = group.stored["rewards"].to(bound_PM.dtype)
-        rl_PM = scaled(leave_one_out_advantage(reward_PM), everyone_PM)
+        rl_PM = scaled(leave_one_out_advantage(reward_PM), ~reward_PM.isnan())
         advantage_PM = torch.where(group.stored["by_bound"][:, None], advantage_PM, rl_PM)
     format_PM = format_advantage(marked_PM, args.format_penalty).to(bound_PM.dtype)
     return advantage_PM + scaled(format_PM, everyone_PM)

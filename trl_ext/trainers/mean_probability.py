@@ -18,7 +18,12 @@ from trl_ext.completions import Message, tokenize_prompt
 from trl_ext.modes import evaluation_mode
 from trl_ext.objectives.jepo import mean_probability_reward
 from trl_ext.rollouts import sampled_logps
-from trl_ext.rollouts.splice import answer_token_ids, thought_length
+from trl_ext.rollouts.splice import (
+    answer_token_ids,
+    check_context,
+    check_marker,
+    thought_length,
+)
 
 
 class MeanProbabilityReward:
@@ -31,16 +36,17 @@ class MeanProbabilityReward:
     dataset's column `answer`, is tokenised on its own, as in `JEPOTrainer`.
 
     Args:
-        marker: text that ends the thought and announces the answer. A completion without it earns
-            0. Empty for no thought: then all rewards are 0, as nothing is added to the bare answer.
+        marker: text that ends the thought and announces the answer, not empty. A completion without
+            it earns 0.
         answer_prefix: text between marker and answer, tokenised with the answer.
         answer_eos: whether the end of sequence counts as a token of the answer.
         debias: subtract b; without it a thought is paid for what the prompt alone tells.
         batch_size: rows in the model at once; default the trainer's `per_device_train_batch_size`.
 
     Raises:
-        ValueError: on attaching, a second trainer, a sharded model, or a processor of images; on
-            call, an answer that is no text.
+        ValueError: an empty marker; on attaching, a second trainer, a sharded model, a processor of
+            images, or a marker that its tokenizer does not give back; on call, an answer that is no
+            text, or one that is longer than the model's context.
 
     Example:
 
@@ -65,6 +71,11 @@ class MeanProbabilityReward:
     ):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} would score nothing. Give at least 1.")
+        if not marker:
+            raise ValueError(
+                f"marker={marker!r} leaves no thought: all completions of a prompt would earn the "
+                "same. Give the text that announces the answer."
+            )
         self.marker, self.answer_prefix, self.answer_eos = marker, answer_prefix, answer_eos
         self.debias, self.batch_size = debias, batch_size
         self.trainer: Any = None
@@ -87,13 +98,14 @@ class MeanProbabilityReward:
                 f"processing_class is a {type(trainer.processing_class).__name__}: "
                 "MeanProbabilityReward reads text alone. Use a model with a tokenizer."
             )
+        check_marker(trainer.processing_class, self.marker, self.answer_prefix)
         self.trainer = trainer
 
     def __call__(
         self,
         prompts: Sequence[str | Sequence[Message]],
         completion_ids: Sequence[Sequence[int]],
-        answer: Sequence[str | None],
+        answer: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
         """Scores `B` completions.
@@ -105,13 +117,17 @@ class MeanProbabilityReward:
             **kwargs: other columns and TRL's extras, unused.
 
         Returns:
-            `B` rewards in [0, 1]; 0 without the marker, None where the answer is None or has no
-            tokens.
+            `B` rewards in [0, 1]; 0 without the marker, None where the answer is None or empty.
         """
         if self.trainer is None:
             raise ValueError(
                 "MeanProbabilityReward is attached to no trainer, whose policy it could ask. Call "
                 "reward.attach(trainer) before training; trl_ext's trainers do so themselves."
+            )
+        if answer is None:
+            raise ValueError(
+                "the dataset has no column 'answer', whose texts MeanProbabilityReward scores: got "
+                f"{sorted(kwargs)}. Add the reference answers under this name."
             )
         answers = [self._answer_ids(text) for text in answer]
         rewards: list[float | None] = [0.0 if ids else None for ids in answers]
@@ -128,7 +144,7 @@ class MeanProbabilityReward:
         return rewards
 
     def _answer_ids(self, text: str | None) -> list[int]:
-        if text is None:
+        if text is None or (isinstance(text, str) and not text.strip()):
             return []
         tokenizer, row = self.trainer.processing_class, {"answer": text}
         return answer_token_ids(tokenizer, row, self.answer_prefix, self.answer_eos)
@@ -154,6 +170,8 @@ class MeanProbabilityReward:
         """Log-probabilities of the answers' tokens, `(B, T)`, and their mask."""
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
         rows = self.batch_size or self.trainer.args.per_device_train_batch_size
+        lengths = [len(c) + len(a) for c, a in zip(contexts, answers, strict=True)]
+        check_context(lengths, policy, "prompt, thought and reference answer")
         with evaluation_mode(policy):
             logps = [torch.tensor(r) for r in sampled_logps(policy, contexts, answers, 1.0, rows)]
         pad = torch.nn.utils.rnn.pad_sequence

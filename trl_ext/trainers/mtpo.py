@@ -8,8 +8,10 @@
 
 Conversations come from TRL's `environment_factory` or `tools`, or from a `rollout_func` with an
 `env_mask`; a turn is a run of tokens that the policy sampled between what others say. Without any
-of these a completion is a single turn. Each turn's advantage is what the conversation earned minus
-`beta` times the log-ratio to the reference from this turn on, as objectives/mtpo.py has it.
+of these a completion is a single turn. With `tau` a `rollout_func` itself samples from the mixture
+(`rollouts.sample` with an `Opponent`), whose samples its conversations are taken for. Each turn's
+advantage is what the conversation earned minus `beta` times the log-ratio to the reference from
+this turn on, as objectives/mtpo.py has it.
 
 The loss is PPO's with a turn for an action. Fresh samples of the policy give the gradient of the
 regularised game against the policy itself, held fixed, exactly. In later passes over a round, and
@@ -20,8 +22,10 @@ judged behaves as if it had never been drawn. One without any turn of the policy
 and learns nothing.
 """
 
+import math
 import textwrap
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -106,8 +110,10 @@ class MTPOConfig(GroupConfig):
         refuse_ignored(self, ["loss_type"], "the loss is a mean over conversations")
         refuse_truncated_sampling(self, "MTPO")
         self.refuse_tempered("MTPO")
-        if not 0 <= self.tau <= 1 or self.beta < 0:
-            raise ValueError(f"tau={self.tau} must lie in [0, 1] and beta={self.beta} be ≥ 0.")
+        for name, most in (("tau", 1.0), ("beta", math.inf)):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value <= most:
+                raise ValueError(f"{name}={value!r} is no weight. Give a number from 0 to {most}.")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"epsilon={self.epsilon} must lie in (0, 1): ratios stay in 1 ± ε.")
         if self.beta == 0:

@@ -11,6 +11,11 @@ from trl_ext.trainers.group_rows import PROMPT, TOKENS
 Batch = dict[str, Any]
 
 
+def replayed_groups(share: float, groups: int) -> int:
+    """How many of a round's groups are taken from the rounds before."""
+    return round(share * groups)
+
+
 class ReplayBuffer:
     """Groups of the last rounds as they were scored and selected.
 
@@ -39,7 +44,7 @@ class ReplayBuffer:
             return batch
         past, P = self.rounds, len(batch["completion_ids"])
         self.rounds = [*past, batch][-self.capacity :]
-        taken = round(self.share * P) if past else 0
+        taken = replayed_groups(self.share, P) if past else 0
         if not taken:
             return batch
         pool = _joined(past)

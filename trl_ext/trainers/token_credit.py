@@ -10,6 +10,10 @@ from trl_ext.rollouts import refuse_branching_options
 from trl_ext.trainers.group_rows import Metrics
 
 Ids = list[list[int]]
+# Names in `generation_kwargs`: of transformers and vLLM; of vLLM alone, for transformers' own are
+# refused where a cache is branched.
+LENGTHS = ("max_new_tokens", "max_tokens")
+OF_NEW_TOKENS = ("min_tokens", "presence_penalty", "frequency_penalty", "structured_outputs")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class TokenCredit:
 
 def refuse_what_branching_lacks(trainer: Any, *, sees_images: bool) -> None:
     """A continuation is token ids behind token ids, and its process samples it alone."""
-    own_options = trainer.args.generation_kwargs or {}
     refused = {
         "tools": (trainer.tools, "a tool would have to be as it was in the middle of an answer"),
         "environment_factory": (
@@ -78,13 +81,26 @@ def refuse_what_branching_lacks(trainer: Any, *, sees_images: bool) -> None:
             trainer.use_vllm and trainer.args.schedule == "one_step",
             "the server samples the next round with older weights. Use schedule='sync'",
         ),
-        "min_tokens in generation_kwargs": (
-            trainer.use_vllm and own_options.get("min_tokens"),
-            "it would begin anew at each step. Leave it out",
-        ),
     }
     for what, (given, reason) in refused.items():
         if given:
             raise ValueError(f"{type(trainer).__name__} does not support {what}: {reason}.")
+    _refuse_own_options(trainer)
     if not trainer.use_vllm:
-        refuse_branching_options(trainer.generation_config)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        refuse_branching_options(trainer.generation_config, policy)
+
+
+def _refuse_own_options(trainer: Any) -> None:
+    """Options in `generation_kwargs` that mean one thing at a prompt and another at a prefix."""
+    refused = dict.fromkeys(LENGTHS, "a rollout has what max_completion_length leaves. Set that")
+    if trainer.use_vllm:
+        refused |= dict.fromkeys(
+            OF_NEW_TOKENS, "it would begin anew at each step of a completion. Leave it out"
+        )
+    for name, value in (trainer.args.generation_kwargs or {}).items():
+        if name in refused and value:
+            raise ValueError(
+                f"{type(trainer).__name__} does not support {name}={value!r} in "
+                f"generation_kwargs: {refused[name]}."
+            )

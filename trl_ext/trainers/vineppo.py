@@ -156,15 +156,17 @@ class VinePPOConfig(GRPOConfig):
         refuse_ignored(
             self, ["multi_objective_aggregation"], "a value is the mean of one reward per rollout"
         )
-        for name in (
-            "num_rollouts",
-            "min_step_tokens",
-            "max_steps_per_completion",
-            "rollout_batch_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is too few. Give at least 1.")
+        refuse_ignored(
+            self,
+            ["importance_sampling_level"],
+            "one ratio per completion would give all its tokens the mean of their advantages",
+        )
+        refuse_ignored(
+            self,
+            ["vllm_structured_outputs_regex"],
+            "the pattern would begin anew at each step of a completion",
+        )
+        self._check_counts()
         if self.log_values and not self.log_completions:
             raise ValueError(
                 "log_values=True is not applied with log_completions=False: values stand in the "
@@ -173,9 +175,27 @@ class VinePPOConfig(GRPOConfig):
         self.split  # noqa: B018  a name that means nothing is refused here
         warn_if_lengths_reweigh(self, stacklevel=3)
 
+    def _check_counts(self) -> None:
+        for name, optional in (
+            ("num_rollouts", False),
+            ("min_step_tokens", False),
+            ("max_steps_per_completion", True),
+            ("rollout_batch_size", True),
+        ):
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} is no count. Give a whole number, at least 1.")
+
     @property
     def split(self) -> Splitter:
         """The function that `splitter` names."""
+        if not isinstance(self.splitter, str) and not callable(self.splitter):
+            raise ValueError(
+                f"splitter={self.splitter!r} says not where steps begin. Give 'lines', "
+                "'sentences', 'module:function' or a function."
+            )
         if isinstance(self.splitter, str) and self.splitter in SPLITTERS:
             return SPLITTERS[self.splitter]
         return resolve(self.splitter, "splitter")
@@ -201,7 +221,9 @@ class VinePPOTrainer(GRPOTrainer):
     _paper = KAZEMNEJAD_2025
 
     def token_credit(self, sampled: Round) -> TokenCredit:
-        starts = starts_of(self.processing_class, sampled.completion_ids, self.args)
+        starts = starts_of(
+            self.processing_class, sampled.completion_ids, self.args, self.eos_token_ids
+        )
         prefixes, table = shared_prefixes(sampled.labels, sampled.completion_ids, starts)
         values_N = self._values(sampled, prefixes)
         values_BS = _padded([values_N[found] for found in table], math.nan)
@@ -212,7 +234,7 @@ class VinePPOTrainer(GRPOTrainer):
             credit_BT = self._whitened(credit_BT, sampled.mask_BT)
         columns = {}
         if self.args.log_values:
-            columns = value_columns(self.processing_class, sampled, starts, values_BS)
+            columns = value_columns(self.processing_class, sampled, starts, values_BS, advantage_BS)
         metrics = _counted(sampled, steps_B, values_N, self.args.num_rollouts)
         return TokenCredit(credit_BT, metrics, columns)
 
@@ -236,14 +258,26 @@ class VinePPOTrainer(GRPOTrainer):
         return everyone[B * self.accelerator.process_index :][:B, :T]
 
 
-def starts_of(tokenizer: Any, completion_ids: Ids, args: VinePPOConfig) -> list[list[int]]:
-    """First tokens of each completion's steps."""
+def starts_of(
+    tokenizer: Any, completion_ids: Ids, args: VinePPOConfig, eos_token_ids: Sequence[int]
+) -> list[list[int]]:
+    """First tokens of each completion's steps; an end of sequence alone is one step."""
     limits = {"min_tokens": args.min_step_tokens, "most_steps": args.max_steps_per_completion}
-    return [step_starts(tokenizer, ids, args.split, **limits) for ids in completion_ids]
+    starts = []
+    for ids in completion_ids:
+        # Not every end of sequence is special to the tokenizer: some have a text.
+        spoken = ids[:-1] if ids and ids[-1] in eos_token_ids else ids
+        found = step_starts(tokenizer, spoken, args.split, **limits)
+        starts.append(found or [0] * bool(ids))
+    return starts
 
 
 def value_columns(
-    tokenizer: Any, sampled: Round, starts: list[list[int]], values_BS: Tensor
+    tokenizer: Any,
+    sampled: Round,
+    starts: list[list[int]],
+    values_BS: Tensor,
+    advantage_BS: Tensor,
 ) -> dict[str, list]:
     """Columns of the completions table: which step lost the solution.
 
@@ -252,28 +286,24 @@ def value_columns(
         sampled: the round.
         starts: first tokens of each row's steps.
         values_BS: V of the prefix in front of each step.
+        advantage_BS: of each step.
 
     Returns:
         `values`: V in front of each step, then the reward, None where unscorable; `lost_at_step`:
-        the step with the lowest advantage, None where no value ever falls; `lost_step`: its text.
+        the step with the lowest advantage, None where none is negative; `lost_step`: its text.
     """
     columns: dict[str, list] = {"values": [], "lost_at_step": [], "lost_step": []}
-    rows = zip(starts, sampled.completion_ids, values_BS, sampled.rewards_B, strict=True)
-    for of_row, ids, values_S, reward in rows:
-        along = torch.cat([values_S[: len(of_row)], reward[None]])
-        step, text = _largest_loss(along), None
-        if step is not None:
-            begin, end = [*of_row, len(ids)][step : step + 2]
+    for row, (of_row, ids) in enumerate(zip(starts, sampled.completion_ids, strict=True)):
+        along = [*values_BS[row, : len(of_row)].tolist(), sampled.rewards_B[row].item()]
+        worst, step = advantage_BS[row].min(0)
+        lost, text = int(step) if worst < 0 else None, None
+        if lost is not None:
+            begin, end = [*of_row, len(ids)][lost : lost + 2]
             text = tokenizer.decode(ids[begin:end], skip_special_tokens=True)
-        known = [None if math.isnan(value) else value for value in along.tolist()]
-        for name, entry in zip(columns, (known, step, text), strict=True):
+        known = [None if math.isnan(value) else value for value in along]
+        for name, entry in zip(columns, (known, lost, text), strict=True):
             columns[name].append(entry)
     return columns
-
-
-def _largest_loss(values: Tensor) -> int | None:
-    change = values.diff().nan_to_num()
-    return int(change.argmin()) if len(change) and change.min() < 0 else None
 
 
 def _segments(starts: list[list[int]], sampled: Round) -> Tensor:

@@ -15,6 +15,7 @@ REACTIONS = ("adapts", "disengages")
 PATIENCE = 3  # unhappy answers after which the student leaves
 MOST_TURNS = 10
 END = "[end of conversation]"
+WORD = "[a-z]+"
 
 
 class Classroom:
@@ -33,13 +34,13 @@ class Classroom:
         """Brings in the student of a row of `education_lessons`.
 
         Args:
-            things: to be taught.
+            things: to be taught, each a word of the letters a to z.
             preference: one of `STYLES`.
             reaction: to other styles, one of `REACTIONS`.
             **columns: other columns, unused.
 
         Raises:
-            ValueError: a style or reaction that there is not, or nothing to teach.
+            ValueError: a style or reaction that there is not, or nothing that can be taught.
         """
         for name, value, known in (
             ("preference", preference, STYLES),
@@ -49,6 +50,11 @@ class Classroom:
                 raise ValueError(f"{name}={value!r} is none of {', '.join(known)}.")
         if not things:
             raise ValueError("things=[] leaves nothing to teach. Give at least one.")
+        if isinstance(things, str) or not all(re.fullmatch(WORD, thing) for thing in things):
+            raise ValueError(
+                f"things={things!r} could never be learned. Give a list of words of the letters "
+                "a to z."
+            )
         self._things, self._learned = list(things), set[str]()
         self._preference, self._adapts = preference, reaction == "adapts"
         self._turns, self._patience, self._over = 0, PATIENCE, False
@@ -64,10 +70,12 @@ class Classroom:
         """
         if not self._things:
             raise ValueError("say: nobody is in the classroom. Call reset first.")
+        if not isinstance(message, str):  # a model may call with anything
+            raise ValueError(f"message={message!r} is no text.")
         if self._over:
             return END
         self._turns += 1
-        answer = self._answer(re.findall(r"[a-z]+", message.lower()))
+        answer = self._answer(re.findall(WORD, message.lower()))
         farewell = self._farewell()
         self._over = farewell is not None
         return f"{answer} {farewell} {END}" if farewell else answer

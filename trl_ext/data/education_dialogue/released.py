@@ -17,6 +17,8 @@ FILES = {
 }
 TIMEOUT = 60  # seconds without an answer
 ROLES = {"teacher": "assistant", "student": "user"}
+SPELT = {"preference": "prefrences", "reaction": "reactions"}  # in the files
+IS_IT = "Is `source` the Education Dialogue Dataset?"
 
 
 def load_education_dialogue(
@@ -35,7 +37,8 @@ def load_education_dialogue(
         only.
 
     Raises:
-        ValueError: another split, or a turn of somebody else than teacher and student.
+        ValueError: another split, a field that is missing, or a turn of somebody else than teacher
+            and student.
     """
     if split not in FILES:
         raise ValueError(f"split={split!r} was not released. Give one of {', '.join(FILES)}.")
@@ -54,35 +57,45 @@ def _local(file: str) -> str:
     path = folder / f"{hashlib.sha256(file.encode()).hexdigest()}.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(file, timeout=TIMEOUT) as answer,
-            tempfile.TemporaryDirectory(dir=folder) as scratch,
-        ):
-            part = Path(scratch, path.name)
-            part.write_bytes(answer.read())
-            part.replace(path)  # whole, or not at all
+        try:
+            _fetch(file, path)
+        except OSError as error:
+            error.add_note(
+                f"source: {file} could not be fetched. Download the files and give their folder."
+            )
+            raise
     return str(path)
 
 
+def _fetch(address: str, path: Path) -> None:
+    with (
+        urllib.request.urlopen(address, timeout=TIMEOUT) as answer,
+        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+    ):
+        part = Path(scratch, path.name)
+        part.write_bytes(answer.read())
+        part.replace(path)  # whole, or not at all
+
+
 def _released_row(row: dict) -> dict:
-    background = row["background_info"]
-    topic = background["topic"]
+    background = _field(row, "background_info")
+    topic = _field(background, "topic")
     system = f"You are a teacher. Teach the student this topic: {topic}"
     messages = [{"role": "system", "content": system}]
-    for turn in row["conversation"]:
-        role = ROLES.get(str(turn["role"]).casefold())
+    for turn in _field(row, "conversation"):
+        role = ROLES.get(str(_field(turn, "role")).casefold())
         if role is None:
             raise ValueError(
                 f"role={turn['role']!r} in a conversation about {topic!r}: expected Teacher or "
-                "Student. Is `source` the Education Dialogue Dataset?"
+                f"Student. {IS_IT}"
             )
-        messages.append({"role": role, "content": turn["text"]})
-    return {
-        "topic": topic,
-        # The spelling is that of the files.
-        "student_preference": background["student_prefrences"],
-        "student_reaction": background["student_reactions"],
-        "teacher_preference": background["teacher_prefrences"],
-        "teacher_reaction": background["teacher_reactions"],
-        "messages": messages,
-    }
+        messages.append({"role": role, "content": _field(turn, "text")})
+    parts = [(who, what) for who in ("student", "teacher") for what in ("preference", "reaction")]
+    told = {f"{who}_{what}": _field(background, f"{who}_{SPELT[what]}") for who, what in parts}
+    return {"topic": topic, **told, "messages": messages}
+
+
+def _field(record: dict, name: str) -> Any:
+    if name not in (record or ()):
+        raise ValueError(f"source: no {name!r} in {record!r:.80}. {IS_IT}")
+    return record[name]

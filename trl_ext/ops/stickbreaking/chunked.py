@@ -64,6 +64,7 @@ def _forward(
     block: int,
 ) -> tuple[Tensor, Tensor]:
     layout = Layout(query_offset, first_key_BT, real_BT)
+    k, v = _under_one_stride(k, v)
     tiles = _Tiles(q, k, v, layout, scale, attend_current, block)
     output, remainder = v.new_empty(*q.shape[:3], v.size(3)), v.new_empty(q.shape[:3])
     with torch.autocast(q.device.type, enabled=False):
@@ -97,8 +98,9 @@ def _backward(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = Layout(query_offset, first_key_BT, real_BT)
-    tiles = _Tiles(q, k, v, layout, scale, attend_current, block)
     dq, dk, dv = (torch.zeros_like(x, dtype=score_dtype(x)) for x in (q, k, v))
+    k, v = _under_one_stride(k, v)
+    tiles = _Tiles(q, k, v, layout, scale, attend_current, block)
     with torch.autocast(q.device.type, enabled=False):
         for rows, blocks in tiles.walk():
             q_rows, do = tiles.queries(q, rows) * scale, tiles.queries(d_output, rows)
@@ -142,6 +144,12 @@ def _differentiate(ctx: Any, d_output: Tensor, d_remainder: Tensor) -> tuple[Ten
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _under_one_stride(k: Tensor, v: Tensor) -> Iterator[Tensor]:
+    # Where rows and heads are not under one stride, as without a cache, matmul copies each tile,
+    # and of a transposed one it makes another matrix for BLAS, whose last bit differs.
+    return (x.flatten(0, 1).unflatten(0, x.shape[:2]) for x in (k, v))
 
 
 class _Tiles(NamedTuple):
