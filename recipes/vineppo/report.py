@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from trl_ext import studies
 from trl_ext.plots import draw_step_values
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
@@ -181,21 +182,9 @@ def factors_to_reach(
 
 def over_seeds(values: Sequence[float], form: str = ".3f") -> str:
     """Mean ± standard error over seeds that have a value, and how many have not."""
-    mean, error = mean_and_error(values)
-    if math.isnan(mean):
-        return "–"
     missing = sum(map(math.isnan, values))
-    text = f"{mean:{form}}"
-    text += "" if math.isnan(error) else f" ± {error:{form.removeprefix('+')}}"
-    return text + (f" ({missing} of {len(values)} never)" if missing else "")
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over what is known; NaN where too few are."""
-    known = [value for value in values if not math.isnan(value)]
-    mean = statistics.mean(known) if known else math.nan
-    error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else math.nan
-    return mean, error
+    text = studies.over_seeds(values, form)
+    return text + (f" ({missing} of {len(values)} never)" if 0 < missing < len(values) else "")
 
 
 def swept(rows: Iterable[Row]) -> bool:
@@ -248,7 +237,7 @@ def draw_curve(
     """Mean over seeds after each of the steps, with its standard error."""
     points = [[point_at(curve, step) for curve in curves.values()] for step in steps]
     means, errors = zip(
-        *(mean_and_error([row["accuracy"] for row in each]) for each in points), strict=True
+        *(studies.mean_and_error([row["accuracy"] for row in each]) for each in points), strict=True
     )
     label, colour = NAMES[method]
     axes.errorbar(

@@ -9,17 +9,18 @@ import time
 from report import report
 from rich.console import Console
 from study import QUICK, RATES, Plan, study
-from world import options, set_up_process
+
+from trl_ext.studies import quiet_process, study_options
 
 
 def main() -> None:
-    parser = options(__doc__)
+    parser = study_options(__doc__, "runs/vineppo")
     parser.add_argument("--sweep", action="store_true", help="every learning rate, not the chosen")
     given = parser.parse_args()
     plan = QUICK if given.quick else Plan()
     if given.sweep:
         plan = dataclasses.replace(plan, rates=RATES)
-    set_up_process()
+    quiet_process()
     started = time.perf_counter()
     rows = study(given.folder, given.seeds, plan, given.processes)
     console = Console()

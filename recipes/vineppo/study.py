@@ -27,20 +27,10 @@ from typing import Any
 import trl
 from rich.progress import track
 from transformers import TrainerCallback
-from world import (
-    Size,
-    World,
-    correct,
-    each_word,
-    fit,
-    load_start,
-    make_world,
-    measure,
-    set_up_process,
-    shared_arguments,
-)
+from world import Size, World, correct, each_word, load_start, make_world, measure
 
 from trl_ext import VinePPOConfig, VinePPOTrainer
+from trl_ext.studies import cpu_arguments, fit, quiet_process
 
 PROMPTS, SAMPLES = 8, 4  # of a step, and of each prompt
 PLAIN: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -151,7 +141,7 @@ def study(folder: Path, seeds: Iterable[int], plan: Plan, processes: int) -> lis
     starts = [Job(folder, seed, "start", 0.0, plan) for seed in seeds]
     rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, set_up_process) as pool:
+    with ProcessPoolExecutor(processes, context, quiet_process) as pool:
         for title, some in (("Starting policies", starts), ("Training", jobs)):
             for found in track(pool.map(rows_of, some), title, len(some)):
                 rows += found
@@ -202,7 +192,7 @@ def make_trainer(
         rollouts = rollouts or VINE[job.method]
         own = {"num_rollouts": rollouts, "splitter": each_word, "rollout_batch_size": 1024}
     arguments = {
-        **shared_arguments(job.home, job.seed),
+        **cpu_arguments(job.home, job.seed, adam_beta2=0.98),
         "per_device_train_batch_size": PROMPTS * SAMPLES,
         "num_generations": SAMPLES,
         "max_completion_length": world.size.most_tokens,

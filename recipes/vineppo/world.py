@@ -13,36 +13,29 @@ is right. The pupil of `calculator_runs` slips anywhere, now and then; what he t
 being surer of everything, and then it hardly matters which step gets the credit.
 """
 
-import argparse
 import itertools
 import json
-import logging
 import random
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import transformers
 import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     set_seed,
 )
 
 from trl_ext import evaluate_generations
 from trl_ext.data import calculator_runs
 from trl_ext.data.calculator import KEYS
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
 
 MARKER = " is "
 Versions = dict[tuple[str, int], list[int]]  # a key, and the display that it is pressed at
@@ -84,26 +77,6 @@ class World:
     data: datasets.DatasetDict
     tokenizer: PreTrainedTokenizerFast
     start: str
-
-
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """What the command line can change; the first line of `doc` says which it is."""
-    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/vineppo"))
-    parser.add_argument("--processes", type=int, default=2, help="training runs at a time")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    return parser
-
-
-def set_up_process() -> None:
-    """Leaves the screen to the recipe's own lines, and a core to each process."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
 
 
 def each_word(text: str) -> list[int]:
@@ -157,73 +130,25 @@ def written(prompt: str, versions: Versions, rng: random.Random) -> str:
 def make_tokenizer(data: datasets.DatasetDict) -> PreTrainedTokenizerFast:
     """One token per word of the task."""
     columns = [data[split][name] for split in data for name in data[split].column_names]
-    words = sorted({word for column in columns for text in column for word in text.split()})
-    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(ids, "<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    words = {word for column in columns for text in column for word in text.split()}
+    return word_tokenizer(sorted(words))
 
 
 def train_start(world: World, seed: int) -> None:
     """SFT on the pupil's completions."""
     set_seed(seed)
     arguments = trl.SFTConfig(
-        **shared_arguments(world.start, seed),
+        **cpu_arguments(world.start, seed, adam_beta2=0.98),
         max_steps=world.size.start_steps,
         per_device_train_batch_size=64,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=10,
     )
-    model = LlamaForCausalLM(architecture(world.tokenizer))
+    model = LlamaForCausalLM(word_llama(world.tokenizer))
     rows = world.data["train"].select_columns(["prompt", "completion"])
     trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=world.tokenizer)
     fit(trainer).save_model()
-
-
-def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A Llama of 0.2 million parameters; a step reads two words, which one layer can."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
-def shared_arguments(folder: str | Path, seed: int) -> dict[str, Any]:
-    """Arguments of every trainer of the recipe, TRL's and ours."""
-    return {
-        "output_dir": str(folder),
-        "seed": seed,
-        "adam_beta2": 0.98,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def fit(trainer: Any) -> Any:
-    """Trains without a line for every log entry."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer
 
 
 def load_start(world: World) -> PreTrainedModel:
