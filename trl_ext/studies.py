@@ -88,6 +88,7 @@ def word_llama(
         layers: one looks a word up; two can look up where to look.
         context: the most tokens of a row.
     """
+    special: Any = tokenizer
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -97,9 +98,9 @@ def word_llama(
         max_position_embeddings=context,
         tie_word_embeddings=True,
         initializer_range=0.06,  # with the usual 0.02 so small a model needs three times the steps
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=special.pad_token_id,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=special.eos_token_id,
     )
 
 

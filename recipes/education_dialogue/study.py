@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 RATES = (1e-4, 3e-4)
 # The best of RATES on SWEEP_SEED, by the win rate against SFT at the end.
-CHOSEN = dict.fromkeys(METHODS, 1e-3)
+CHOSEN = dict.fromkeys(METHODS, 3e-4)
 SWEEP_SEED = 100
 GENERATIONS, ROWS = 4, 32  # conversations of a context, and of a step
 Row = dict[str, Any]

@@ -144,7 +144,7 @@ def _ends(config: GenerationConfig, eos_token_ids: Sequence[int]) -> set[int]:
 @contextmanager
 def _any_cache(model: Any) -> Iterator[None]:
     """Else `generate` takes no cache where the model's own options name another kind."""
-    own = getattr(model, "generation_config", None)
+    own: Any = getattr(model, "generation_config", None)
     kind = getattr(own, "cache_implementation", None)
     if kind is None:
         yield

@@ -224,7 +224,7 @@ def _checked(cuts: Any, text: str) -> list[int]:
         raise ValueError(f"splitter: it returned {cuts!r}. {wanted}")
     found = set(cuts)
     for cut in found:
-        if not isinstance(cut, Integral) or not 0 <= cut <= len(text):
+        if not isinstance(cut, Integral) or not 0 <= int(cut) <= len(text):
             raise ValueError(
                 f"splitter: position {cut!r} lies outside a text of {len(text)} characters. "
                 f"{wanted}"

@@ -25,7 +25,7 @@ and learns nothing.
 import math
 import textwrap
 from dataclasses import dataclass, field
-from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,8 +111,8 @@ class MTPOConfig(GroupConfig):
         refuse_truncated_sampling(self, "MTPO")
         self.refuse_tempered("MTPO")
         for name, most in (("tau", 1.0), ("beta", math.inf)):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value <= most:
+            value: Any = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= most:
                 raise ValueError(f"{name}={value!r} is no weight. Give a number from 0 to {most}.")
         if not 0 < self.epsilon < 1:
             raise ValueError(f"epsilon={self.epsilon} must lie in (0, 1): ratios stay in 1 ± ε.")
