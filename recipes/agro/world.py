@@ -56,7 +56,7 @@ class Size:
 
 
 # Enough SFT that some of the stories are right: without, there would be no pair.
-SMALL = Size(written=1000, held_out=8, scored=64, completions=4, prompts=4, sft_steps=60)
+SMALL = Size(written=1000, held_out=8, scored=64, completions=4, prompts=16, sft_steps=150)
 
 
 @dataclass(frozen=True)

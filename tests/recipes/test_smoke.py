@@ -20,11 +20,12 @@ METHODS = {
     "pass_at_k": "pass-at-k",
     "vineppo": "vine-ppo",
 }
-WITHOUT_TRAINER = {"long_context"}  # a recipe about models, with a command and a test of its own
+# A recipe about models with a command of its own, and one that needs a server.
+TESTED_APART = {"long_context", "education_dialogue"}
 YAMLS = [
     path
     for path in sorted((ROOT / "recipes").rglob("*.yaml"))
-    if path.parent.name not in WITHOUT_TRAINER
+    if path.parent.name not in TESTED_APART
 ]
 # Servers and batches are for large models; and a random model hardly ever ends its answer, so that
 # with a score in place of every reward all pairs would be ties.

@@ -14,7 +14,7 @@ import pytest
 from trl_ext.rewards import _pool
 from trl_ext.rewards._pool import Limits, Verdict, WorkerPool
 
-LIMITS = Limits(seconds=0.5, memory_mb=512)
+LIMITS = Limits(seconds=1.5, memory_mb=512)
 RIGHT = (r"\boxed{\frac{1}{3}}", r"\boxed{\frac{2}{6}}")
 TOWER = (r"\boxed{5}", r"\boxed{9^{9^{9^{9}}}}")
 

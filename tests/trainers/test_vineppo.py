@@ -377,27 +377,24 @@ class Together(FakeEngine):
 
 
 def each_with_prefixes_of_its_own(folder):
-    """On each of two ranks: its completions have other steps than those of the other."""
+    """On each of two ranks: its completions have other steps than those of the other, and of three
+    groups the middle one is on both."""
 
     def said(prompt, i):
         return "abcdefgh"[: 1 + i] if torch.distributed.get_rank() else "ab"
 
     for engine in (None, Together()):
         arguments = {"rollout_func": speak(said), "train_dataset": tiny_prompts(16)}
-        options = {"per_device_train_batch_size": 4, "vllm_importance_sampling_correction": False}
+        options = {"per_device_train_batch_size": 6, "vllm_importance_sampling_correction": False}
         run = trainer(folder, arguments=arguments, **options)
         if engine is not None:
             served(run).vllm_generation = engine
-        counts, honest = [], run._continued
-
-        def continued(prefix_ids, *rest, counts=counts, honest=honest):
-            counts.append(len(prefix_ids))
-            return honest(prefix_ids, *rest)
-
-        run._continued = continued
-        run.train()
-        assert gather_object(counts) == [1, 2], "or else nothing was tried"
-        assert run.state.log_history[0]["rollouts/prefixes"] == (1 + 2) / 8
+        (sampled, told), *_ = watched(run)
+        rows = zip(sampled.labels, map(tuple, sampled.prompt_ids), strict=True)
+        assert len(set(rows)) == len(set(sampled.labels)) == 2
+        prefixes = len(told.metrics["rollouts/value"][0])
+        assert gather_object([prefixes]) == [2, 4], "or else nothing was tried"
+        assert run.state.log_history[0]["rollouts/prefixes"] == (2 + 4) / 12
     leave()
 
 

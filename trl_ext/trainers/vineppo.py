@@ -221,9 +221,8 @@ class VinePPOTrainer(GRPOTrainer):
     _paper = KAZEMNEJAD_2025
 
     def token_credit(self, sampled: Round) -> TokenCredit:
-        starts = starts_of(
-            self.processing_class, sampled.completion_ids, self.args, self.eos_token_ids
-        )
+        tokenizer = self.processing_class
+        starts = starts_of(tokenizer, sampled.completion_ids, self.args, self.eos_token_ids)
         prefixes, table = shared_prefixes(sampled.labels, sampled.completion_ids, starts)
         values_N = self._values(sampled, prefixes)
         values_BS = _padded([values_N[found] for found in table], math.nan)
@@ -234,7 +233,7 @@ class VinePPOTrainer(GRPOTrainer):
             credit_BT = self._whitened(credit_BT, sampled.mask_BT)
         columns = {}
         if self.args.log_values:
-            columns = value_columns(self.processing_class, sampled, starts, values_BS, advantage_BS)
+            columns = value_columns(tokenizer, sampled, starts, values_BS, advantage_BS)
         metrics = _counted(sampled, steps_B, values_N, self.args.num_rollouts)
         return TokenCredit(credit_BT, metrics, columns)
 
