@@ -171,13 +171,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--task", choices=["puzzles", "runs"], help="only its variants")
     options = parser.parse_args()
-    ratios: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    names = [name for name, v in VARIANTS.items() if options.task in (None, v.task)]
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         works = {"puzzles": Work.puzzles(Path(folder)), "runs": Work.runs(Path(folder))}
         for i in track(range(-1, options.rounds), description="Rounds"):
-            order = list(VARIANTS)[:: 1 if i % 2 else -1]
+            order = names[:: 1 if i % 2 else -1]
             timed = {name: seconds_of(name, works, options.steps) for name in order}
             if i < 0:
                 continue  # the first round warms the caches
@@ -185,7 +187,7 @@ def main() -> None:
                 seconds[name].append(value / options.steps)
                 ratios[name].append(value / timed[VARIANTS[name].host])
     table = Table("Variant", "ms per step", "ratio to TRL", "range", title="Time of a step")
-    for name in VARIANTS:
+    for name in names:
         spread = f"{min(ratios[name]):.3f}-{max(ratios[name]):.3f}"
         table.add_row(
             name,

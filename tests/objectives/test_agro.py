@@ -124,6 +124,28 @@ def test_full_is_the_gradient_of_the_variance(G):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("G", [2, 3, 5])
+def test_full_credits_a_sample_with_what_it_adds_to_the_spread(G):
+    """U of all minus U of the others, which keeps the estimate's noise low."""
+
+    def half_variance(values):
+        return values.var() / 2 if len(values) > 1 else values.new_zeros(())
+
+    R, logp = torch.randn(2, 1, G, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    others = [R[0, [j for j in range(G) if j != i]] for i in range(G)]
+    added = torch.stack([half_variance(R[0]) - half_variance(rest) for rest in others])
+    centred = R[0] - torch.stack([rest.mean() for rest in others])
+    expected = (G * added / BETA - centred) * logp[0]
+    torch.testing.assert_close(agro_full_loss(R, logp, BETA)[0], expected)
+
+
+@pytest.mark.parametrize("loss", [agro_loss, lambda R, x: agro_full_loss(R, x, BETA)])
+def test_returns_are_held_fixed(loss):
+    R, logp = torch.randn(2, 2, 4, dtype=torch.float64).requires_grad_().unbind()
+    slopes = torch.autograd.grad(loss(R, logp).sum(), [R, logp], allow_unused=True)
+    assert slopes[0] is None and slopes[1].abs().min() > 0
+
+
 @pytest.mark.parametrize("loss", [frozen, full])
 def test_at_the_optimum_every_group_has_gradient_zero(loss):
     for index in (torch.tensor(group) for group in itertools.product(range(4), repeat=3)):

@@ -24,6 +24,7 @@ from tests.runs import (
 from tests.tiny import tiny_llama, tiny_prompts
 from trl_ext import AGROConfig, AGROTrainer
 from trl_ext.data import load_record
+from trl_ext.trainers.replay_buffer import ReplayBuffer
 
 G = 4
 
@@ -175,6 +176,34 @@ def test_the_buffer_gives_groups_of_earlier_rounds(tmp_path):
     for step, of_groups in enumerate(seen[1:], start=1):
         old = [version for version in of_groups if version < step]
         assert len(old) == 2 and set(old) <= {step - 2, step - 1}, (step, of_groups)
+
+
+def test_any_group_of_the_buffer_may_be_taken_again_none_twice():
+    """One by one and in turn all, by torch's generator alone."""
+
+    def round_of(first):
+        names = torch.arange(first, first + 3).view(3, 1, 1)
+        return {
+            "completion_ids": names.expand(3, 2, 1),
+            "prompt": [str(i) for i in names.flatten()],
+        }
+
+    taken = set()
+    for seed in range(60):
+        buffer = ReplayBuffer(2, 2 / 3)
+        torch.manual_seed(seed)
+        for first in (0, 3, 6):
+            batch = buffer.exchange(round_of(first))
+        names = batch["completion_ids"][:, 0, 0].tolist()
+        assert batch["prompt"] == [f"tensor({name})" for name in names]
+        assert names[2] == 8 and len(set(names)) == 3
+        taken.add(tuple(names[:2]))
+        torch.manual_seed(seed)
+        again = ReplayBuffer(2, 2 / 3)
+        for first in (0, 3, 6):
+            repeated = again.exchange(round_of(first))
+        assert torch.equal(repeated["completion_ids"], batch["completion_ids"])
+    assert len(taken) > 20 and {name for pair in taken for name in pair} == set(range(6))
 
 
 def test_groups_of_the_buffer_are_whole(tmp_path):
