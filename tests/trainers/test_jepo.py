@@ -57,7 +57,7 @@ def texts_of(ids_MT, mask_MT):
 @pytest.mark.parametrize("conversational", [False, True])
 def test_the_answer_stands_behind_the_thought(conversational, prefix, eos, tmp_path):
     """What was sampled behind the marker is gone; without one all is kept, cut short or not."""
-    arguments = spoken(["ab#xy", "c#" + CUT, "nothing", "cut" + CUT])
+    arguments = spoken(["ab#xy", "nothing", "cut" + CUT, "c#" + CUT])
     arguments["train_dataset"] = tiny_prompts(16, conversational)
     options = MARKED | {"answer_prefix": prefix, "answer_eos": eos, "max_steps": 1}
     (batch,) = seen(build(JEPOTrainer, tmp_path, arguments=arguments, **options))
@@ -69,9 +69,9 @@ def test_the_answer_stands_behind_the_thought(conversational, prefix, eos, tmp_p
         rows = texts_of(batch["completion_ids"][p], batch["completion_mask"][p])
         told = texts_of(batch["completion_ids"][p], batch["answer_mask"][p])
         answer = prefix + answers[asked] + "</s>" * eos
-        assert rows == [f"ab#{answer}", f"c#{answer}", "nothing</s>", "cut"]
-        assert told == [answer, answer, "", ""]
-    assert batch["marked"].tolist() == [[True, True, False, False]] * 2
+        assert rows == [f"ab#{answer}", "nothing</s>", "cut", f"c#{answer}"]
+        assert told == [answer, "", "", answer]
+    assert batch["marked"].tolist() == [[True, False, False, True]] * 2
 
 
 def test_the_thought_keeps_the_tokens_that_were_sampled(tmp_path):
