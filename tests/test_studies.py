@@ -4,6 +4,7 @@ import math
 import statistics
 
 import pytest
+from datasets import Dataset, DatasetDict
 from transformers import LlamaForCausalLM
 
 from trl_ext.studies import (
@@ -13,6 +14,7 @@ from trl_ext.studies import (
     study_options,
     word_llama,
     word_tokenizer,
+    words_of,
 )
 
 SPECIAL = ("<pad>", "<unk>", "<eos>")
@@ -27,6 +29,12 @@ def test_each_word_is_a_token_behind_the_special_ones():
         "left",
     )
     assert tokenizer.decode([4, 3]) == "fox red"
+
+
+def test_the_words_of_a_dataset_are_those_of_all_splits_and_columns():
+    rows = {"prompt": ["b a"], "answer": ["c"]}
+    data = DatasetDict(one=Dataset.from_dict(rows), two=Dataset.from_dict({"prompt": ["d a"]}))
+    assert words_of(data) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(("special", "token"), [(SPECIAL, "<unk>"), (("<pad>", "<eos>"), "<pad>")])

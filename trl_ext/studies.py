@@ -77,6 +77,12 @@ def word_tokenizer(
     )
 
 
+def words_of(data: datasets.DatasetDict) -> list[str]:
+    """All words of all splits, whose columns are texts, in order."""
+    columns = [data[split][name] for split in data for name in data[split].column_names]
+    return sorted({word for column in columns for text in column for word in text.split()})
+
+
 def word_llama(
     tokenizer: PreTrainedTokenizerFast, *, width: int = 128, layers: int = 1, context: int = 64
 ) -> LlamaConfig:

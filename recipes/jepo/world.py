@@ -23,7 +23,7 @@ from transformers import (
 
 from trl_ext import evaluate_generations
 from trl_ext.data import calculator_runs
-from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer, words_of
 
 MARKER = "is"
 TASKS = ("numbers", "words")
@@ -62,7 +62,7 @@ def make_world(folder: Path, task: str, seed: int, size: Size) -> World:
     """Makes the world of a task and seed, or loads it where `folder` holds it already."""
     home, made = folder / f"{task}-{seed}" / "start", {**vars(size), "seed": seed}
     data = calculator_runs(size.train, size.held_out, in_words=task == "words", seed=seed)
-    world = World(task, data, make_tokenizer(data), str(home))
+    world = World(task, data, word_tokenizer(words_of(data)), str(home))
     record = home / "world.json"
     if not record.exists() or json.loads(record.read_text()) != made:
         record.unlink(missing_ok=True)
@@ -72,14 +72,6 @@ def make_world(folder: Path, task: str, seed: int, size: Size) -> World:
         fit(supervised(world, model, shown, home, seed, size.start_steps, 3e-3)).save_model()
         record.write_text(json.dumps(made))  # last: a world without it is made again
     return world
-
-
-def make_tokenizer(data: datasets.DatasetDict) -> PreTrainedTokenizerFast:
-    """One token per word of the task."""
-    columns = [data[split][name] for split in data for name in data[split].column_names]
-    return word_tokenizer(
-        sorted({w for column in columns for text in column for w in text.split()})
-    )
 
 
 def supervised(

@@ -35,7 +35,7 @@ from transformers import (
 from trl_ext import evaluate_generations
 from trl_ext.data import calculator_runs
 from trl_ext.data.calculator import KEYS
-from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer
+from trl_ext.studies import cpu_arguments, fit, word_llama, word_tokenizer, words_of
 
 MARKER = " is "
 Versions = dict[tuple[str, int], list[int]]  # a key, and the display that it is pressed at
@@ -88,7 +88,7 @@ def make_world(folder: Path, seed: int, size: Size) -> World:
     """Makes the world of a seed, or loads it where `folder` holds it already."""
     home, made = folder / f"seed-{seed}" / "start", {**vars(size), "seed": seed}
     data = make_data(size, seed)
-    world = World(size, data, make_tokenizer(data), str(home))
+    world = World(size, data, word_tokenizer(words_of(data)), str(home))
     record = home / "world.json"
     if not record.exists() or json.loads(record.read_text()) != made:
         record.unlink(missing_ok=True)
@@ -125,13 +125,6 @@ def written(prompt: str, versions: Versions, rng: random.Random) -> str:
     )
     thought = [f"{shown:02d}" for shown in displays][1:]
     return f"{' '.join(thought)}{MARKER}{thought[-1]}"
-
-
-def make_tokenizer(data: datasets.DatasetDict) -> PreTrainedTokenizerFast:
-    """One token per word of the task."""
-    columns = [data[split][name] for split in data for name in data[split].column_names]
-    words = {word for column in columns for text in column for word in text.split()}
-    return word_tokenizer(sorted(words))
 
 
 def train_start(world: World, seed: int) -> None:

@@ -1,35 +1,22 @@
 """The studies of AGRO: the tables' exact gradients, the fixed data, and a small whole run."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.sources import ROOT
+from tests.recipes.runs import modules_of, quick_run
 from trl_ext.cards import card_problems
 from trl_ext.data.stories import vocabulary
 from trl_ext.studies import word_tokenizer
 
-RECIPE = ROOT / "recipes" / "agro"
-NAMES = [path.stem for path in RECIPE.glob("*.py")]
-
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe's modules, whose plain names other recipes use too."""
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(RECIPE))
-    yield SimpleNamespace(**{name: import_module(name) for name in NAMES})
-    sys.path.remove(str(RECIPE))
-    for name in NAMES:
-        del sys.modules[name]
-    sys.modules.update(others)
+    with modules_of("agro") as modules:
+        yield modules
 
 
 # Tables
@@ -153,16 +140,7 @@ def test_grpo_is_given_the_recorded_completions_in_their_order(recipe):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("agro")
-    words = ["--quick", "--folder", str(folder), "--processes", "1"]
-    run = subprocess.run(
-        [sys.executable, str(RECIPE / "run.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder, run.stdout
+    return folder, quick_run("agro", folder, "--processes", "1")
 
 
 def test_every_method_is_measured_from_one_start(recipe, quick):

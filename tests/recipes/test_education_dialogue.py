@@ -3,9 +3,6 @@
 import http.server
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from threading import Thread
 
@@ -13,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.data.test_education_dialogue import chat_tokenizer
+from tests.recipes.runs import modules_of, quick_run
 from tests.sources import ROOT
 from tests.tiny import tiny_llama
 from trl_ext import cli
@@ -26,16 +24,7 @@ METHODS = ("single_turn", "rlhf", "mtpo_learned", "mtpo", "mtpo_tau")
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("education_dialogue")
-    words = ["--quick", "--seeds", "0", "--folder", str(folder), "--processes", "1"]
-    run = subprocess.run(
-        [sys.executable, str(RECIPE / "run.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder, run.stdout
+    return folder, quick_run("education_dialogue", folder, "--processes", "1")
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +59,18 @@ def test_each_teacher_is_saved_with_a_sound_card(quick, method):
     assert card_problems(card) == [] and "win_rate_against_sft" in card
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """The recipe's modules; other recipes have some of the same names."""
-    monkeypatch.syspath_prepend(str(RECIPE))
-    for name in ("world", "study", "report"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import study
-
-    yield study
-    for name in ("world", "study", "report"):
-        sys.modules.pop(name, None)
+@pytest.fixture(scope="module")
+def recipe():
+    with modules_of("education_dialogue") as modules:
+        yield modules
 
 
 def test_what_is_played_here_is_what_trl_would_have_tokenised(recipe, quick):
     """Turn by turn the text of a conversation only grows, and the student is the lesson's."""
-    world = recipe.make_world(quick[0], 0, recipe.SMALL)
+    world = recipe.world.make_world(quick[0], 0, recipe.world.SMALL)
     lessons = world.lessons["held_out"]
-    talks = recipe.play(recipe.load_policy(world), world, lessons, seed=3)
-    assert talks == recipe.play(recipe.load_policy(world), world, lessons, seed=3)
+    talks = recipe.world.play(recipe.world.load_policy(world), world, lessons, seed=3)
+    assert talks == recipe.world.play(recipe.world.load_policy(world), world, lessons, seed=3)
     for lesson, talk in zip(lessons, talks, strict=True):
         before: list[int] = []
         for n in range(len(talk)):
@@ -99,8 +81,8 @@ def test_what_is_played_here_is_what_trl_would_have_tokenised(recipe, quick):
         room = Classroom()
         room.reset(**lesson)
         for turn, answer in zip(talk[::2], talk[1::2], strict=False):
-            assert answer["content"] == room.say(recipe.message_of(turn))
-        assert recipe.message_of(talk[-1]) is None or len(talk) == 22
+            assert answer["content"] == room.say(recipe.world.message_of(turn))
+        assert recipe.world.message_of(talk[-1]) is None or len(talk) == 22
 
 
 def test_a_turn_is_rewarded_with_its_answer(recipe):
@@ -108,7 +90,7 @@ def test_a_turn_is_rewarded_with_its_answer(recipe):
     style, (thing, *_) = lesson["preference"], lesson["things"]
     facts = {name: [lesson[name]] * 2 for name in ("things", "preference", "reaction")}
     seen: list = []
-    reward = recipe.turn(lambda talks: [seen.extend(talks), [0.0] * len(talks)][1])
+    reward = recipe.study.turn(lambda talks: [seen.extend(talks), [0.0] * len(talks)][1])
     said = [[teacher_says(f"a {style} about {thing}")], [{"role": "assistant", "content": "bye"}]]
     assert reward([lesson["prompt"]] * 2, said, **facts) == [0.0, 0.0]
     assert seen[0][-1]["content"] == f"great ! i see {thing} ."
@@ -116,7 +98,7 @@ def test_a_turn_is_rewarded_with_its_answer(recipe):
 
 
 def test_beginnings_end_before_a_turn_of_the_teacher(recipe, quick):
-    rows = recipe.beginnings(recipe.make_world(quick[0], 0, recipe.SMALL), seed=0)
+    rows = recipe.study.beginnings(recipe.world.make_world(quick[0], 0, recipe.world.SMALL), seed=0)
     assert all(row["prompt"][-1]["role"] in ("user", "tool") for row in rows)
     assert len({len(row["prompt"]) for row in rows}) > 3
 

@@ -1,51 +1,31 @@
 """The study of JEPO on a small scale: it runs and reports; and its task must be thought out."""
 
-import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, set_seed
 
-from tests.sources import ROOT
+from tests.recipes.runs import modules_of, quick_run
 from trl_ext.cards import card_problems
-from trl_ext.studies import fit, word_llama
+from trl_ext.studies import fit, word_llama, word_tokenizer, words_of
 
-RECIPE = ROOT / "recipes" / "jepo"
 METHODS = {
     "numbers": ("sft", "single", "multi-2", "multi-4", "multi-8", "verifree", "grpo"),
     "words": ("sft", "single", "multi-4", "no-sft-4"),
 }
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """The recipe's modules by name, which other recipes use too."""
-    monkeypatch.syspath_prepend(str(RECIPE))
-    names = ("world", "study", "report")
-    found = {name: sys.modules.pop(name, None) for name in names}
-    yield lambda name: importlib.import_module(name)
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update({name: module for name, module in found.items() if module is not None})
+@pytest.fixture(scope="module")
+def recipe():
+    with modules_of("jepo") as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jepo")
-    words = ["--quick", "--folder", str(folder), "--processes", "1"]
-    run = subprocess.run(
-        [sys.executable, str(RECIPE / "run.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder, run.stdout
+    return folder, quick_run("jepo", folder, "--processes", "1")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +62,7 @@ def test_policies_are_saved_with_a_sound_card(quick, method):
 
 
 def test_a_sweep_shows_every_rate_and_draws_the_best(recipe, tmp_path):
-    report = recipe("report")
+    report = recipe.report
     rows = [
         {
             **{"task": "numbers", "seed": seed, "method": method, "rate": rate, "step": step},
@@ -103,7 +83,7 @@ def test_a_sweep_shows_every_rate_and_draws_the_best(recipe, tmp_path):
 
 
 def test_the_verifier_reads_what_stands_behind_the_marker(recipe):
-    correct = recipe("world").correct
+    correct = recipe.world.correct
     texts = ["17 51 is 51", "17 51 is 52", "51", "17 is 51 is 51", ""]
     assert correct(texts, ["51"] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -112,11 +92,11 @@ def test_the_verifier_reads_what_stands_behind_the_marker(recipe):
 def test_the_task_must_be_thought_out(recipe, tmp_path):
     """From scratch, with as many steps: right answers with right thoughts, and right answers alone.
     The first is learned, of the second not one in ten."""
-    world, study = recipe("world"), recipe("study")
+    world, study = recipe.world, recipe.study
     from trl_ext.data import calculator_runs
 
     data = calculator_runs(8000, 128, slips=0.0)
-    made = world.World("numbers", data, world.make_tokenizer(data), "")
+    made = world.World("numbers", data, word_tokenizer(words_of(data)), "")
     accuracy = {}
     for name, rows in (
         ("thoughts", data["train"].select_columns(["prompt", "completion"])),

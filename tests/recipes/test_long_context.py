@@ -5,7 +5,6 @@ import json
 import math
 import random
 import sys
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +13,11 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.recipes.runs import modules_of
 from tests.sources import ROOT
 from trl_ext.cards import card_problems
 
 RECIPE = ROOT / "recipes" / "long_context"
-NAMES = [path.stem for path in RECIPE.glob("*.py")]
 YAMLS = sorted(RECIPE.glob("*.yaml"))
 SMALL = {
     "hidden_size": 16,
@@ -32,12 +31,8 @@ LENGTH = 96
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe's modules, which import each other by their plain names."""
-    sys.path.insert(0, str(RECIPE))
-    yield SimpleNamespace(**{name: import_module(name) for name in NAMES})
-    sys.path.remove(str(RECIPE))
-    for name in NAMES:
-        del sys.modules[name]
+    with modules_of("long_context") as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")

@@ -1,33 +1,20 @@
 """Both studies on a small scale: they run, report, and replay an online run to the bit."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.sources import ROOT
+from tests.recipes.runs import quick_run
 from trl_ext.cards import card_problems
 
-RECIPE = ROOT / "recipes" / "online_vs_offline"
 SOURCES = ("online", "offline", "ordered", "blocks", "shuffled", "driven")
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("online_vs_offline")
-    words = ["--quick", "--seeds", "0", "--folder", str(folder), "--processes", "2"]
-    run = subprocess.run(
-        [sys.executable, str(RECIPE / "run.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder, run.stdout
+    return folder, quick_run("online_vs_offline", folder, "--processes", "2")
 
 
 @pytest.fixture(scope="module")

@@ -1,36 +1,26 @@
 """The study of VinePPO on a small scale: it runs and reports; and its arithmetic and its task."""
 
-import importlib
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from tests.sources import ROOT
+from tests.recipes.runs import modules_of, quick_run
 from trl_ext.cards import card_problems
 from trl_ext.data.calculator import KEYS
 from trl_ext.rollouts.steps import step_starts
+from trl_ext.studies import word_tokenizer, words_of
 
-RECIPE = ROOT / "recipes" / "vineppo"
 PLAIN, VINE = ("grpo", "dr-grpo", "rloo"), ("vine-1", "vine-3", "vine-9")
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """The recipe's modules by name, which other recipes use too."""
-    monkeypatch.syspath_prepend(str(RECIPE))
-    names = ("world", "study", "report", "prompts")
-    found = {name: sys.modules.pop(name, None) for name in names}
-    yield lambda name: importlib.import_module(name)
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update({name: module for name, module in found.items() if module is not None})
+@pytest.fixture(scope="module")
+def recipe():
+    with modules_of("vineppo") as modules:
+        yield modules
 
 
 # A whole run
@@ -39,16 +29,7 @@ def recipe(monkeypatch):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vineppo")
-    words = ["--quick", "--folder", str(folder), "--processes", "1"]
-    run = subprocess.run(
-        [sys.executable, str(RECIPE / "run.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder, run.stdout
+    return folder, quick_run("vineppo", folder, "--processes", "1")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +60,7 @@ def test_it_shows_a_table_differences_and_figures(quick):
 
 
 def test_values_at_the_start_stand_in_the_completions_table(recipe, quick):
-    report, study = recipe("report"), recipe("study")
+    report, study = recipe.report, recipe.study
     table = report.completions_of(quick[0], 0)
     assert len(table) == study.PROMPTS * study.SAMPLES
     assert {"prompt", "completion", "values", "lost_at_step", "lost_step"} <= set(table[0])
@@ -97,7 +78,7 @@ def test_policies_are_saved_with_a_sound_card(quick, method):
 
 
 def test_a_world_is_made_once_and_its_start_kept(recipe, quick):
-    world, study = recipe("world"), recipe("study")
+    world, study = recipe.world, recipe.study
     record = quick[0] / "seed-0" / "start" / "world.json"
     before = record.stat().st_mtime_ns
     again = world.make_world(quick[0], 0, study.QUICK.world)
@@ -124,7 +105,7 @@ CURVES = [
 
 
 def test_runs_are_compared_after_the_steps_and_the_time_that_all_lasted(recipe):
-    report = recipe("report")
+    report = recipe.report
     assert report.shared_step(CURVES) == 2
     assert report.equal_times(CURVES) == {0: 20.0, 1: 20.0}
     curve = report.curves_of(CURVES, "grpo")[0]
@@ -137,7 +118,7 @@ def test_runs_are_compared_after_the_steps_and_the_time_that_all_lasted(recipe):
 
 
 def test_an_accuracy_is_reached_where_the_curve_first_crosses_it(recipe):
-    report = recipe("report")
+    report = recipe.report
     curve = report.curves_of(CURVES, "grpo")[0]
     assert report.reached(curve, 0.25, "step") == pytest.approx(1.5)
     assert report.reached(curve, 0.05, "step") == 0  # it starts above
@@ -147,7 +128,7 @@ def test_an_accuracy_is_reached_where_the_curve_first_crosses_it(recipe):
 
 
 def test_differences_are_those_of_each_seed_with_itself(recipe):
-    report = recipe("report")
+    report = recipe.report
     both = [
         *CURVES,
         *(
@@ -178,7 +159,7 @@ def test_differences_are_those_of_each_seed_with_itself(recipe):
 
 
 def test_a_sweep_shows_every_rate_and_draws_the_best_after_shared_steps(recipe, tmp_path):
-    report = recipe("report")
+    report = recipe.report
     # Higher in the end, but lower after the steps that all take: not the best.
     slow = [point("grpo", *p, rate=1e-4) for p in ((1, 1.0, 0.1), (2, 2.0, 0.2), (40, 40.0, 0.9))]
     rows = [*(row for row in CURVES if row["seed"] == 0), *slow]
@@ -195,7 +176,7 @@ def test_a_sweep_shows_every_rate_and_draws_the_best_after_shared_steps(recipe, 
 
 
 def test_means_are_over_seeds_that_have_a_value(recipe):
-    over_seeds = recipe("report").over_seeds
+    over_seeds = recipe.report.over_seeds
     assert over_seeds([1.0, 3.0]) == "2.000 ± 1.000"
     assert over_seeds([0.5], "+.2f") == "+0.50"
     assert over_seeds([1.0, 3.0, math.nan]) == "2.000 ± 1.000 (1 of 3 never)"
@@ -203,7 +184,7 @@ def test_means_are_over_seeds_that_have_a_value(recipe):
 
 
 def test_it_draws_wrong_completions_that_one_step_cost_most(recipe, tmp_path):
-    report = recipe("report")
+    report = recipe.report
     table = [
         {"values": [0.2, 0.9, 0.0], "lost_at_step": 1.0, "completion": "most"},
         {"values": [0.2, 0.7, 0.0], "lost_at_step": 1.0, "completion": "less, at the same step"},
@@ -223,7 +204,7 @@ def test_it_draws_wrong_completions_that_one_step_cost_most(recipe, tmp_path):
 
 
 def test_a_pupil_without_doubts_is_right_and_one_in_doubt_writes_either(recipe):
-    world = recipe("world")
+    world = recipe.world
     sure = world.make_data(world.Size(train=50, held_out=5, doubts=0.0), 0)["train"]
     assert world.correct(sure["completion"], sure["answer"]) == [1.0] * 50
     versions = world.draw_versions(1.0, random.Random(0))
@@ -240,9 +221,9 @@ def test_after_a_wrong_display_the_right_keys_never_lead_back():
 
 
 def test_each_word_is_a_step(recipe):
-    world = recipe("world")
+    world = recipe.world
     data = world.make_data(world.Size(train=50, held_out=5), 0)
-    tokenizer = world.make_tokenizer(data)
+    tokenizer = word_tokenizer(words_of(data))
     ids = [*tokenizer(data["train"]["completion"][0]).input_ids, tokenizer.eos_token_id]
     assert len(ids) == world.Size().most_tokens
     assert step_starts(tokenizer, ids, world.each_word) == list(range(len(ids) - 1))
@@ -252,7 +233,7 @@ def test_each_word_is_a_step(recipe):
 
 
 def test_prompts_of_real_data_have_the_form_of_the_sft_policies(recipe, monkeypatch):
-    prompts, asked = recipe("prompts"), []
+    prompts, asked = recipe.prompts, []
 
     def load(*names, split):
         asked.append((*names, split))
