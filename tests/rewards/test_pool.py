@@ -47,25 +47,46 @@ def wait_until(condition, seconds: float) -> bool:
     return False
 
 
+def child_of(leader: int) -> int:
+    return next(pid for pid in group(leader) if pid != leader)
+
+
 def during_an_item(pool: WorkerPool, act) -> list[Verdict]:
     """Runs `act(pid of the worker)` once the worker computes on a hostile item."""
     assert pool.grade([RIGHT]) == [Verdict(1.0)]
     leader, verdicts = pool.workers[0].process.pid, []
+    child = psutil.Process(child_of(leader))
+    before = child.cpu_times().user
     thread = threading.Thread(target=lambda: verdicts.extend(pool.grade([TOWER])))
     thread.start()
-    assert wait_until(lambda: pool.workers and pool.workers[0].item is not None, 5)
+    assert wait_until(lambda: child.cpu_times().user > before + 0.05, 5)
     act(leader)
     thread.join(timeout=20)
     return verdicts
 
 
 def test_a_child_that_is_killed_costs_one_item_and_no_import(pool):
-    def kill_child(leader):
-        os.kill(next(pid for pid in group(leader) if pid != leader), signal.SIGKILL)
-
+    kill_child = lambda leader: os.kill(child_of(leader), signal.SIGKILL)  # noqa: E731
     assert during_an_item(pool, kill_child) == [Verdict(0.0, "crash")]
     leader = pool.workers[0].process.pid
     assert pool.grade([RIGHT]) == [Verdict(1.0)]
+    assert pool.workers[0].process.pid == leader
+
+
+def test_a_child_that_is_killed_before_it_takes_an_item_costs_none(pool):
+    """Its successor takes the item; it is not failed, nor left in the pipe to bar the next one."""
+    assert pool.grade([RIGHT]) == [Verdict(1.0)]
+    leader, verdicts = pool.workers[0].process.pid, []
+    child = child_of(leader)
+    os.kill(child, signal.SIGSTOP)
+    thread = threading.Thread(
+        target=lambda: verdicts.extend(pool.grade([RIGHT, TOWER, RIGHT[::-1]]))
+    )
+    thread.start()
+    assert wait_until(lambda: pool.workers[0].item is not None, 5)
+    os.kill(child, signal.SIGKILL)
+    thread.join(timeout=20)
+    assert verdicts == [Verdict(1.0), Verdict(0.0, "time limit"), Verdict(1.0)]
     assert pool.workers[0].process.pid == leader
 
 

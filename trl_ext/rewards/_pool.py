@@ -91,10 +91,8 @@ class Worker:
         for message in map(json.loads, lines):
             if "ready" in message:
                 self.ready = True
-            elif "failed" in message and self.item is not None:
-                return Verdict(0.0, message["failed"])
-            elif "id" in message and message["id"] == self.item:
-                return Verdict(message["reward"])
+            elif message["id"] == self.item:
+                return Verdict(message.get("reward", 0.0), message.get("failed"))
         return None
 
     def kill(self) -> None:
@@ -117,7 +115,7 @@ class WorkerPool:
         self.size, self.limits = size, limits
         self.workers: list[Worker] = []
         self._lock = threading.Lock()
-        self._items = itertools.count()  # never reused: a late reply fits no other item
+        self._items = itertools.count(1)  # never reused: a late reply fits no other item
 
     def grade(self, tasks: Sequence[Task]) -> list[Verdict]:
         """Gives one verdict per task, in order. Equal tasks are graded once.

@@ -6,12 +6,15 @@ kernel's: SIGALRM is left at its default action, so it ends even C code that nev
 interpreter, and does so when the trainer is dead.
 
 Requests are JSON lines `{"id", "reference", "answer"}` on standard input, one at a time; replies
-are `{"id", "reward"}`, or the supervisor's `{"failed": cause}`. End of input ends both processes.
+are `{"id", "reward"}`, or the supervisor's `{"id", "failed"}`: the request that its child had taken
+last, and why it ended. A child that ends before it takes the next request leaves it to its
+successor. End of input ends both processes.
 """
 
 import contextlib
 import json
 import logging
+import mmap
 import os
 import resource
 import signal
@@ -44,14 +47,15 @@ def main(limit_s: float, memory_mb: int) -> None:
         grade(rf"\boxed{{{answer}}}", rf"\boxed{{{answer} + 1}}")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     _send(replies, {"ready": True})
+    taken = memoryview(mmap.mmap(-1, 8)).cast("q")  # shared: the child may leave no other word
     while True:
         child = os.fork()
         if child == 0:
-            _serve(requests, replies, limit_s)
+            _serve(requests, replies, limit_s, taken)
         status = os.waitpid(child, 0)[1]
         if status == 0:
             return
-        _send(replies, {"failed": _cause(status)})
+        _send(replies, {"id": taken[0], "failed": _cause(status)})
 
 
 def grade(reference: str, answer: str) -> float | None:
@@ -78,11 +82,12 @@ def grade(reference: str, answer: str) -> float | None:
     return float(verify(gold, found, timeout_seconds=None))
 
 
-def _serve(requests: BinaryIO, replies: BinaryIO, limit_s: float) -> None:
+def _serve(requests: BinaryIO, replies: BinaryIO, limit_s: float, taken: memoryview) -> None:
     code = 0
     try:
         while line := requests.readline():
             request = json.loads(line)
+            taken[0] = request["id"]
             signal.setitimer(signal.ITIMER_REAL, limit_s)
             reward = grade(request["reference"], request["answer"])
             signal.setitimer(signal.ITIMER_REAL, 0)
