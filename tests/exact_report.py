@@ -196,12 +196,9 @@ def mtpo_rows() -> list[Row]:
 
 def vineppo_rows() -> list[Row]:
     rows: list[Row] = []
-    for name, policy in (
-        ("no end behind a boundary", vineppo.POLICY),
-        ("ends anywhere", vineppo.ENDS_ANYWHERE),
-    ):
-        run = lambda f, p=policy: vineppo.of_groups(f, p)  # noqa: E731
-        rows.append((f"trl_ext vineppo, K=1, {name}", "∇E r", run, vineppo.expected(policy)))
+    for name, eos_step in (("", True), (", eos_step=False where a step may end the text", False)):
+        run = lambda f, own=eos_step: vineppo.of_groups(f, eos_step=own)  # noqa: E731
+        rows.append((f"trl_ext vineppo, K=1{name}", "∇E r", run, vineppo.expected()))
     return rows
 
 

@@ -43,12 +43,12 @@ TIMES = ("time", "runtime", "per_second", "profiling", "perf/")
 
 def each_letter(text: str) -> list[int]:
     """Steps of one letter."""
-    return list(range(1, len(text)))
+    return list(range(1, len(text) + 1))
 
 
 def each_second_letter(text: str) -> list[int]:
     """Steps of two letters."""
-    return list(range(2, len(text), 2))
+    return list(range(2, len(text) + 1, 2))
 
 
 def first_letter(text: str) -> str | None:

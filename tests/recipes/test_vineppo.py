@@ -226,7 +226,7 @@ def test_each_word_is_a_step(recipe):
     tokenizer = word_tokenizer(words_of(data))
     ids = [*tokenizer(data["train"]["completion"][0]).input_ids, tokenizer.eos_token_id]
     assert len(ids) == world.Size().most_tokens
-    assert step_starts(tokenizer, ids, world.each_word) == list(range(len(ids) - 1))
+    assert step_starts(tokenizer, ids, world.each_word) == list(range(len(ids)))
 
 
 # Real data

@@ -184,7 +184,7 @@ def test_every_token_has_exactly_one_step(make, splitter, text, min_tokens, most
     assert all(0 <= after - before <= 1 for before, after in itertools.pairwise(steps))
     assert [steps.index(step) for step in range(len(starts))] == starts
     assert steps[-1] == len(starts) - 1
-    assert starts[-1] < len(ids) - 1 or ids[:-1] == [], "EOS started a step"
+    assert starts == step_starts(OnlyDecodes(make()), ids[:-1], splitter, ended=True, **options)
     assert all(after - before >= min_tokens for before, after in itertools.pairwise(starts))
     assert most_steps is None or len(starts) <= most_steps
 
@@ -201,7 +201,7 @@ def test_a_step_starts_at_the_first_whole_token_behind_its_boundary(make, splitt
     whole = [i for i, prefix in enumerate(shown) if text.startswith(prefix)]
     expected = {0} if ids else set()
     for cut in splitter(text):
-        behind = [i for i in whole if len(shown[i]) >= cut and len(shown[i]) < len(text)]
+        behind = [i for i in whole if len(shown[i]) >= cut]
         expected |= {*behind[:1]}
     assert step_starts(make(), ids, splitter) == sorted(expected)
 
@@ -287,12 +287,17 @@ def test_several_boundaries_in_one_token_start_one_step():
     assert step_starts(tokenizer, ids, lambda _: [3, 4]) == [0, 3]
 
 
-def test_eos_behind_a_line_break_starts_no_step():
+def test_an_end_of_sequence_begins_a_step_where_any_token_would():
     tokenizer = tiny_tokenizer()
-    ids = [*encode(tokenizer, "ab\ncd\n"), tokenizer.eos_token_id]
-    assert step_starts(tokenizer, ids) == [0, 3]
-    assert token_steps([0, 3], 7) == [0, 0, 0, 1, 1, 1, 1]
-    assert step_starts(tokenizer, ids[-1:]) == [0] and step_starts(tokenizer, []) == []
+    eos = tokenizer.eos_token_id
+    for text, starts in ("ab\ncd\n", [0, 3, 6]), ("ab\ncd", [0, 3]), ("", [0]):
+        ids = encode(tokenizer, text)
+        assert step_starts(tokenizer, [*ids, eos]) == starts
+        assert step_starts(tokenizer, ids, ended=True) == starts
+    assert step_starts(tokenizer, []) == []
+    ids = encode(tokenizer, "ab\nc\n")
+    assert step_starts(tokenizer, ids, ended=True, min_tokens=3) == [0, 3]
+    assert step_starts(tokenizer, ids, ended=True, most_steps=2) == [0, 3]
 
 
 def test_short_steps_and_too_many_are_merged_looking_back():

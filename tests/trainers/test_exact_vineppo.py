@@ -42,14 +42,11 @@ from tests.objectives.test_vineppo import (
     logp,
     value,
 )
+from tests.runs import each_letter
 from trl_ext import VinePPOConfig, VinePPOTrainer
 
 PROMPT = PROMPTS[0]
 ACTIONS = {"0": A, "1": B}
-
-
-def each_letter(text):
-    return list(range(1, len(text)))
 
 
 def taken(ids):
@@ -185,13 +182,18 @@ def never_ending_behind(weights, tokens):
     return weights
 
 
-ENDS_ANYWHERE = table(1)
-# A boundary is settled by what stands before it, and no step is cut short by an end behind it.
-POLICY = never_ending_behind(ENDS_ANYWHERE, (A, B))
+POLICY = table(1)
+NO_END_BEHIND_A_STEP = never_ending_behind(POLICY, (A, B))
 
 
 class WithRollouts(Enumeration):
-    """Every group, with every reward of one rollout from each of its distinct prefixes."""
+    """Every group, with every reward of one rollout from each of its distinct prefixes.
+
+    Attributes:
+        eos_step: the trainer's option.
+    """
+
+    eos_step = True
 
     def _batches(self, G):
         self.plans, batches = [], []
@@ -217,7 +219,8 @@ class WithRollouts(Enumeration):
         return trainer
 
     def _starts(self, completion):
-        return range(len([token for token in completion if token != EOS]) or 1)
+        spoken = len([token for token in completion if token != EOS])
+        return range(len(completion) if self.eos_step else spoken or 1)
 
     def _through(self, prefix):
         return [c for c in COMPLETIONS if c[: len(prefix)] == prefix and len(c) > len(prefix)]
@@ -240,27 +243,30 @@ class WithRollouts(Enumeration):
         ]
 
 
-def of_groups(folder, policy, **options):
-    options = settings(num_rollouts=1, splitter=each_letter, beta=0.0, **options)
+def of_groups(folder, policy=POLICY, eos_step=True, **options):
+    options = settings(num_rollouts=1, splitter=each_letter, eos_step=eos_step, beta=0.0, **options)
     case = WithRollouts(
         VinePPOTrainer, lambda f: VinePPOConfig(f, **options), policy, reward=REWARDS.__getitem__
     )
+    case.eos_step = eos_step
     return -case.expected_gradient(str(folder)) * (T if options["loss_type"] == "dr_grpo" else 1)
 
 
-def expected(policy):
+def expected(policy=POLICY):
     return gradient_of(lambda w: expectation(w, PROMPT, 1, REWARDS.__getitem__), policy)
 
 
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "luspo"])
 def test_groups_that_share_prefixes_are_unbiased(loss_type, tmp_path):
-    assert_same_gradient(of_groups(tmp_path, POLICY, loss_type=loss_type), expected(POLICY))
+    assert_same_gradient(of_groups(tmp_path, loss_type=loss_type), expected())
 
 
-def test_an_end_right_behind_a_boundary_is_not(tmp_path):
-    """There the end of sequence belongs to the step before, as the authors have it, while any other
-    token would begin a step: who decides looks at the action."""
-    actual, target = of_groups(tmp_path, ENDS_ANYWHERE), expected(ENDS_ANYWHERE)
-    error = float((actual - target).norm() / target.norm())
-    print("relative error", error)
-    assert error > 0.01
+def test_an_end_that_belongs_to_the_step_before_it_is_biased(tmp_path):
+    """The authors' rule: any other token would begin a step; who decides looks at the action."""
+    actual, target = of_groups(tmp_path, eos_step=False), expected()
+    assert float((actual - target).norm() / target.norm()) > 0.05
+
+
+def test_where_no_end_stands_behind_a_step_the_two_rules_agree(tmp_path):
+    policy = NO_END_BEHIND_A_STEP
+    assert_same_gradient(of_groups(tmp_path, policy, eos_step=False), expected(policy))

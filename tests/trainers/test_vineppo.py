@@ -28,6 +28,7 @@ from tests.runs import (
 from tests.tiny import CHARACTERS, tiny_llama, tiny_prompts, tiny_tokenizer
 from trl_ext import VinePPOConfig, VinePPOTrainer
 from trl_ext.rollouts.steps import step_starts
+from trl_ext.trainers.vineppo import value_columns
 
 EOS = TOKENIZER.eos_token_id
 
@@ -97,7 +98,7 @@ def test_what_was_sampled_is_never_tokenised_again(tmp_path):
         return [float(len(text)) for text in completions]
 
     def rollout(prompts, trainer):
-        said = speak(lambda prompt, i: "cd")(prompts, trainer)
+        said = speak(lambda prompt, i: "c")(prompts, trainer)
         return {**said, "completion_ids": [[joined, *ids] for ids in said["completion_ids"]]}
 
     arguments = {"rollout_func": rollout, "reward_funcs": judged, "processing_class": tokenizer}
@@ -111,13 +112,13 @@ def test_what_was_sampled_is_never_tokenised_again(tmp_path):
 
 def test_rows_of_a_prompt_share_prefixes_and_prompts_share_none(tmp_path):
     """All say the same to all: one prompt's four rows are one row, two prompts are two."""
-    run = trainer(tmp_path, arguments={"rollout_func": speak(lambda prompt, i: "abcd")})
+    run = trainer(tmp_path, arguments={"rollout_func": speak(lambda prompt, i: "abc")})
     ((prefixes, *_),) = asked(run)
     assert len(prefixes) == 2 * 2 and len(set(map(tuple, prefixes))) == 4
     same = tiny_prompts(1).select([0] * 16)
     again = trainer(
         tmp_path,
-        arguments={"rollout_func": speak(lambda prompt, i: "abcd"), "train_dataset": same},
+        arguments={"rollout_func": speak(lambda prompt, i: "abc"), "train_dataset": same},
     )
     ((prefixes, *_),) = asked(again)
     assert len(prefixes) == 2 * 2 and len(set(map(tuple, prefixes))) == 2
@@ -152,31 +153,36 @@ def test_every_token_of_a_completion_has_exactly_one_step_and_pads_have_none(tmp
         assert not credit_T[mask_T == 0].any()
 
 
-def test_the_end_of_sequence_belongs_to_the_last_step(tmp_path):
+def test_an_end_inside_of_a_step_belongs_to_it(tmp_path):
     arguments = {"rollout_func": speak(lambda prompt, i: "abc")}
     ((sampled, told),) = watched(trainer(tmp_path, arguments=arguments))
     assert sampled.completion_ids[0][-1] == EOS
     assert told.credit_BT.any() and torch.equal(told.credit_BT[:, 2], told.credit_BT[:, 3])
 
 
-def test_an_end_of_sequence_that_has_a_text_starts_no_step_either(tmp_path):
+(ALSO_AN_END,) = TOKENIZER("z").input_ids
+
+
+@pytest.mark.parametrize("end", [EOS, ALSO_AN_END])
+@pytest.mark.parametrize(("eos_step", "steps"), [(True, [2, 1, 2, 3]), (False, [1, 1, 2, 2])])
+def test_an_end_behind_a_step_is_one_of_its_own_unless_told_otherwise(
+    end, eos_step, steps, tmp_path
+):
     """Of several ends that a model knows, not all are special to its tokenizer."""
-    (end,) = TOKENIZER("z").input_ids
 
     def rollout(prompts, trainer):
-        said = speak(lambda prompt, i: ("ab", "", "abc", "abc")[i])(prompts, trainer)
-        rows = said["completion_ids"]
-        said["completion_ids"] = [
-            [*ids[:-1], end] if i % 4 < 2 else ids for i, ids in enumerate(rows)
-        ]
+        said = speak(lambda prompt, i: ("ab", "", "abc", "abcd")[i])(prompts, trainer)
+        said["completion_ids"] = [[*ids[:-1], end] for ids in said["completion_ids"]]
         return said
 
-    run = trainer(tmp_path, arguments={"rollout_func": rollout})
-    run.eos_token_ids = [EOS, end]
+    run = trainer(tmp_path, eos_step=eos_step, arguments={"rollout_func": rollout})
+    run.eos_token_ids = [EOS, ALSO_AN_END]
     ((sampled, told),) = watched(run)
-    assert [len(ids) for ids in sampled.completion_ids] == [3, 1, 4, 4] * 2
-    assert told.metrics["rollouts/steps"][0].tolist() == [1, 1, 2, 2] * 2
-    assert torch.equal(told.credit_BT[::4, 1], told.credit_BT[::4, 2])
+    assert [len(ids) for ids in sampled.completion_ids] == [3, 1, 4, 5] * 2
+    assert told.metrics["rollouts/steps"][0].tolist() == steps * 2
+    with_the_step = torch.equal(told.credit_BT[::4, 1], told.credit_BT[::4, 2])
+    assert with_the_step != eos_step
+    assert torch.equal(told.credit_BT[2::4, 2], told.credit_BT[2::4, 3])
 
 
 def test_a_completion_that_the_loss_leaves_out_is_not_continued(tmp_path):
@@ -381,7 +387,7 @@ def each_with_prefixes_of_its_own(folder):
     groups the middle one is on both."""
 
     def said(prompt, i):
-        return "abcdefgh"[: 1 + i] if torch.distributed.get_rank() else "ab"
+        return "abcdefgh"[: 1 + i] if torch.distributed.get_rank() else "a"
 
     for engine in (None, Together()):
         arguments = {"rollout_func": speak(said), "train_dataset": tiny_prompts(16)}
@@ -393,8 +399,8 @@ def each_with_prefixes_of_its_own(folder):
         rows = zip(sampled.labels, map(tuple, sampled.prompt_ids), strict=True)
         assert len(set(rows)) == len(set(sampled.labels)) == 2
         prefixes = len(told.metrics["rollouts/value"][0])
-        assert gather_object([prefixes]) == [2, 4], "or else nothing was tried"
-        assert run.state.log_history[0]["rollouts/prefixes"] == (2 + 4) / 12
+        assert gather_object([prefixes]) == [2, 6], "or else nothing was tried"
+        assert run.state.log_history[0]["rollouts/prefixes"] == (2 + 6) / 12
     leave()
 
 
@@ -422,7 +428,7 @@ def test_the_table_shows_values_along_the_steps_and_where_the_solution_was_lost(
         return [[[EOS]] * K for _ in prefix_ids]
 
     def spoken(prompt, i):
-        return ("aaaa", "aaab", "abaa", "a")[i]
+        return ("aaa", "aab", "aba", "a")[i]
 
     run = trainer(
         tmp_path,
@@ -437,9 +443,18 @@ def test_the_table_shows_values_along_the_steps_and_where_the_solution_was_lost(
     first = table.iloc[:4]
     values = [list(row) for row in first["values"]]
     assert values == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1]]
-    assert first["lost_step"].fillna("").tolist() == ["", "ab", "ab", ""]
+    assert first["lost_step"].fillna("").tolist() == ["", "b", "ab", ""]
     assert first["lost_at_step"].fillna(-1).tolist() == [-1, 1, 0, -1]
-    assert first["advantage"].tolist() == pytest.approx([0.0, -3 / 5, -2 / 5, 0.0])
+    assert first["advantage"].tolist() == pytest.approx([0.0, -1 / 2, -1 / 2, 0.0])
+
+
+def test_the_table_names_an_end_that_lost_the_solution():
+    ids = TOKENIZER("ab").input_ids
+    sampled = SimpleNamespace(completion_ids=[[*ids, EOS]], rewards_B=torch.zeros(1))
+    values, lost = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, -1.0]])
+    columns = value_columns(TOKENIZER, sampled, [[0, 2]], values, lost)
+    expected = {"values": [[1, 1, 0]], "lost_at_step": [1], "lost_step": [TOKENIZER.eos_token]}
+    assert columns == expected
 
 
 def test_the_table_knows_what_could_not_be_scored(tmp_path):
@@ -453,7 +468,7 @@ def test_the_table_knows_what_could_not_be_scored(tmp_path):
 
     run = trainer(
         tmp_path,
-        arguments={"rollout_func": speak(lambda prompt, i: "abcdef"), "reward_funcs": some},
+        arguments={"rollout_func": speak(lambda prompt, i: "abcde"), "reward_funcs": some},
         **{"log_completions": True, "log_values": True, "num_completions_to_print": 0},
     )
     run._continued = lambda prefix_ids, budgets, K: [[[EOS]] * K for _ in prefix_ids]
@@ -466,7 +481,7 @@ def test_the_table_knows_what_could_not_be_scored(tmp_path):
 
 
 def test_metrics_count_steps_prefixes_and_rollouts(tmp_path):
-    run = trainer(tmp_path, arguments={"rollout_func": speak(lambda prompt, i: "abcd")})
+    run = trainer(tmp_path, arguments={"rollout_func": speak(lambda prompt, i: "abc")})
     run.train()
     row = run.state.log_history[0]
     assert (row["rollouts/steps"], row["rollouts/prefixes"], row["rollouts/samples"]) == (2, 0.5, 1)

@@ -6,7 +6,8 @@ to s′ earns A = V(s′) − V(s). The estimate is unbiased from K = 1 on, as l
   - V(s) comes from rollouts of its own: with the trajectory itself among them, the gradient shrinks
     to K/(K+1) of its size, as with a mean that contains its own sample;
   - a step begins where the tokens before it say so. Whoever looks at the next token before he
-    decides lets the baseline depend on the action.
+    decides lets the baseline depend on the action. The authors do where a completion ends right
+    behind a step: any other token would begin a step there, the end of sequence does not.
 
 Dropped: the authors' cap, behind which every V is the trajectory's own reward. All later steps then
 have advantage 0, and teach nothing. Too many steps are merged here, which costs precision only.

@@ -80,11 +80,12 @@ def step_starts(
     *,
     min_tokens: int = 1,
     most_steps: int | None = None,
+    ended: bool = False,
 ) -> list[int]:
     """First token of each step of a completion.
 
     A boundary in the text starts a step at the first token that begins at or behind it, at a whole
-    character. EOS has no text, and starts none.
+    character; whether that token has a text is not asked, for it is the action.
 
     Args:
         tokenizer: only decodes.
@@ -94,9 +95,11 @@ def step_starts(
             steps are biased.
         min_tokens: a boundary that comes before a step has so many tokens is passed over.
         most_steps: boundaries behind that many steps are passed over; None: no limit.
+        ended: one more token follows, whatever its text: the end of sequence.
 
     Returns:
-        Ascending positions in [0, T), the first of them 0; empty for an empty completion.
+        Ascending positions in [0, T), with `ended` in [0, T], the first of them 0; empty if there
+        is no token at all.
 
     Raises:
         ValueError: an option below 1, or what the splitter returns is no position in the text.
@@ -105,12 +108,11 @@ def step_starts(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} leaves no step. Give at least 1.")
     text, offsets = _offsets(tokenizer, completion_ids)
+    offsets += [len(text)] * ended
     cuts = _checked(splitter(text), text)
     starts: list[int] = [0] if offsets else []
     seen = 0
     for token, offset in enumerate(offsets):
-        if offset == len(text):
-            break  # EOS, and what else has no text
         passed = bisect_right(cuts, offset, lo=seen)
         long_enough = passed > seen and token - starts[-1] >= min_tokens
         seen = passed

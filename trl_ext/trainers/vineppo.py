@@ -3,8 +3,8 @@
 Each completion is split into steps at token boundaries. From the prefix in front of each step, K
 rollouts are sampled with the weights of now and under the options of the completions themselves;
 their mean reward is the prefix's value V, and a step from s to s′ earns V(s′) − V(s), the last one
-r − V(s). All tokens of a step have its advantage, the end of sequence that of the last step. The
-clipped loss, and the KL, are those of `GRPOTrainer`. Rollouts never enter the loss.
+r − V(s). All tokens of a step have its advantage. The clipped loss, and the KL, are those of
+`GRPOTrainer`. Rollouts never enter the loss.
 
   - Prefixes are slices of the sampled ids. Rows of a prompt share the value of a prefix they have
     in common; a value is never shared between prompts.
@@ -13,8 +13,9 @@ clipped loss, and the KL, are those of `GRPOTrainer`. Rollouts never enter the l
   - A step shorter than `min_step_tokens` is merged with what follows, and what would be more than
     `max_steps_per_completion` is one last step. The authors' cap gives later steps advantage 0,
     which is biased.
-  - Where a completion ends right behind a boundary, its end of sequence belongs to the step before,
-    as the authors have it. That is a bias of the decision to end there: see `objectives.vineppo`.
+  - Where a completion ends right behind a boundary, its end of sequence is a step of its own, as
+    any other token would be. The authors give it to the step before, which is a bias of the
+    decision to end there (`eos_step=False`): see `objectives.vineppo`.
   - In evaluation nothing is branched: the loss has TRL's group-centred advantages.
   - With `schedule="one_step"` completions are those of older weights, values those of now.
   - With vLLM the prefixes are sent to the engine, whose prefix cache spares it the prefill; what
@@ -80,6 +81,7 @@ class VinePPOConfig(GRPOConfig):
         splitter: where steps may begin.
         min_step_tokens: a shorter step is merged with what follows.
         max_steps_per_completion: what would be more is merged with the last.
+        eos_step: an end of sequence right behind a boundary is a step of its own.
         whiten: advantages of mean 0 and deviation 1 over the tokens of a round.
         log_values: show the values in the completions table.
         rollout_batch_size: rollouts that are decoded at once.
@@ -126,6 +128,14 @@ class VinePPOConfig(GRPOConfig):
         metadata={
             "help": "Steps of which values are estimated; the last one holds all that follows. "
             "None: no limit (arXiv:2410.01679, appendix)."
+        },
+    )
+    eos_step: bool = field(
+        default=True,
+        metadata={
+            "help": "An end of sequence right behind a boundary is a step of its own, as any other "
+            "token there is. False: it belongs to the step before, as in the authors' code; that "
+            "spares a value, and is biased (arXiv:2410.01679, appendix)."
         },
     )
     whiten: bool = field(
@@ -265,9 +275,10 @@ def starts_of(
     starts = []
     for ids in completion_ids:
         # Not every end of sequence is special to the tokenizer: some have a text.
-        spoken = ids[:-1] if ids and ids[-1] in eos_token_ids else ids
-        found = step_starts(tokenizer, spoken, args.split, **limits)
-        starts.append(found or [0] * bool(ids))
+        ended = bool(ids) and ids[-1] in eos_token_ids
+        spoken = ids[: len(ids) - ended]
+        own = ended and (args.eos_step or not spoken)
+        starts.append(step_starts(tokenizer, spoken, args.split, ended=own, **limits))
     return starts
 
 
@@ -299,6 +310,7 @@ def value_columns(
         if lost is not None:
             begin, end = [*of_row, len(ids)][lost : lost + 2]
             text = tokenizer.decode(ids[begin:end], skip_special_tokens=True)
+            text = text or tokenizer.decode(ids[begin:end])  # the decision to end
         known = [None if math.isnan(value) else value for value in along]
         for name, entry in zip(columns, (known, lost, text), strict=True):
             columns[name].append(entry)
