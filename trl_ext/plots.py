@@ -82,6 +82,7 @@ def _draw(axes: Axes, along: Sequence[float | None], lost: int | None, said: str
             color=LOST,
             fontsize=9,
             parse_math=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.set_xticks(range(len(heights)))
     axes.set_ylabel("value")

@@ -191,6 +191,11 @@ def test_other_trainers_report_no_bound_unless_told(tmp_path):
     assert {"eval_pass@1", "eval_nll_L1"} < set(numbers)
 
 
+def test_a_marker_that_no_completion_can_have_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="marker='→' is '<unk>' once tokenised"):
+        trainer_with(tmp_path, GenerationEvaluator(vowels, marker="→"), GRPOTrainer)
+
+
 def test_greedy_accuracy_in_jepo_goes_without_bounds(tmp_path):
     greedy = {"temperature": 0, "num_generations": 1}
     with pytest.raises(ValueError, match="set marker=None"):

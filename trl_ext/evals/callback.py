@@ -10,6 +10,7 @@ from trl_ext.evals.evaluator import Evaluator, options_of
 from trl_ext.evals.generation import evaluate_generations
 from trl_ext.evals.options import EvaluationOptions
 from trl_ext.evals.scoring import RewardFunc, checked_reward_funcs
+from trl_ext.rollouts.splice import check_marker
 
 
 class GenerationEvaluator(Evaluator):
@@ -71,7 +72,11 @@ class GenerationEvaluator(Evaluator):
             weights = getattr(trainer.args, "reward_weights", None)
             self.options = {"reward_weights": weights, **self.options}
         # refuses now what does not go together, not after hours of training
-        EvaluationOptions(**{**options_of(trainer.args, EvaluationOptions), **self.options})
+        told = {**options_of(trainer.args, EvaluationOptions), **self.options}
+        options = EvaluationOptions(**told)
+        if options.marker is not None:
+            tokenizer = trainer.processing_class if self.tokenizer is None else self.tokenizer
+            check_marker(tokenizer, options.marker, options.answer_prefix)
 
     def evaluate(self, model, tokenizer, dataset: Dataset, state: TrainerState, **options) -> Any:
         """An [`EvaluationResult`]."""
