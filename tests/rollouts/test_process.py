@@ -301,7 +301,7 @@ def test_a_sampler_that_is_forgotten_leaves_no_child():
     sampler.submit(Request(PROMPTS, 0))
     child = pid_of(sampler)
     del sampler
-    assert wait_until(lambda: is_gone(child), 2)
+    assert wait_until(lambda: is_gone(child), 10)
 
 
 def test_a_forked_copy_of_the_parent_does_not_end_the_child():
