@@ -13,7 +13,7 @@ import pytest
 from recipes.hostile_answers import HOSTILE
 from trl_ext.rewards import _pool, math_reward, with_options
 
-LIMIT_S, SLACK_S = 0.5, 1.5
+LIMIT_S, SLACK_S = 1.0, 5.0
 TOWER = r"\boxed{9^{9^{9^{9}}}}"
 graded = with_options(math_reward, workers=2)
 quick = with_options(math_reward, workers=2, limit_s=LIMIT_S)
