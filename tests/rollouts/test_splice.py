@@ -16,7 +16,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from tests.exact import TabularConfig
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -25,6 +25,7 @@ from trl_ext.rollouts.splice import (
     check_context,
     check_marker,
     cut,
+    end_of_answer,
     thought_length,
     with_answers,
 )
@@ -101,10 +102,10 @@ def test_a_token_that_runs_on_does_not_complete_the_marker():
 
 def test_an_answer_is_tokenised_on_its_own():
     row = {"prompt": "1+1=", "answer": "42 is"}
-    told = answer_token_ids(PAIRS, row, " ", eos=True)
+    told = answer_token_ids(PAIRS, row, " ", PAIRS.eos_token_id)
     assert PAIRS.decode(told) == " 42 is<eos>" and told[-1] == PAIRS.eos_token_id
-    assert answer_token_ids(PAIRS, row, " ", eos=False) == told[:-1]
-    assert answer_token_ids(PAIRS, row, "", eos=False) == PAIRS("42 is").input_ids != told[:-1]
+    assert answer_token_ids(PAIRS, row, " ", None) == told[:-1]
+    assert answer_token_ids(PAIRS, row, "", None) == PAIRS("42 is").input_ids != told[:-1]
 
 
 def test_an_answer_has_no_beginning_of_sequence():
@@ -113,14 +114,36 @@ def test_an_answer_has_no_beginning_of_sequence():
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
     tokenizer.backend_tokenizer.post_processor = template
     assert tokenizer("4").input_ids[0] == tokenizer.bos_token_id
-    told = answer_token_ids(tokenizer, {"answer": "42"}, " ", eos=True)
+    told = answer_token_ids(tokenizer, {"answer": "42"}, " ", tokenizer.eos_token_id)
     assert tokenizer.decode(told) == " 42</s>"
+
+
+TURNS = "{% for m in messages %}<t>{{ m['content'] }}TAIL{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("tail", "end"),
+    [
+        ("<end_of_turn>\n", "<end_of_turn>"),  # Gemma: not the tokenizer's own end
+        ("{{ eos_token }}", "</s>"),
+        ("\n", "</s>"),
+        ("", "</s>"),
+    ],
+)
+def test_an_answer_ends_as_a_turn_of_the_conversation_does(tail, end):
+    tokenizer = tiny_tokenizer()
+    turn = AddedToken("<end_of_turn>", special=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn]})
+    tokenizer.chat_template = TURNS.replace("TAIL", tail)
+    conversation = [{"role": "user", "content": "1+1="}]
+    assert tokenizer.decode(end_of_answer(tokenizer, conversation)) == end
+    assert end_of_answer(tokenizer, "1+1=") == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("answer", [None, 7, ["7"], "", " \n"])
 def test_an_answer_is_a_text_that_is_not_empty(answer):
     with pytest.raises(ValueError, match=r"column 'answer' holds .*Fill it in, or leave the row"):
-        answer_token_ids(CHARACTERS, {"prompt": "1=", "answer": answer}, " ", eos=True)
+        answer_token_ids(CHARACTERS, {"prompt": "1=", "answer": answer}, " ", None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ def answer_logps(
     rows: list[likelihood.Row],
     answers: list[str],
     options: EvaluationOptions,
+    end: int | None,
 ) -> list[float]:
     """log π(a*|x, c) in the place of what each completion says behind the marker.
 
@@ -24,6 +25,7 @@ def answer_logps(
         rows: prompts and sampled completions, token ids.
         answers: the reference answer of each row.
         options: with a marker.
+        end: token that belongs to each answer as its last; None for no such token.
 
     Returns:
         Nats, summed over the answer's tokens; NaN where the completion has no marker.
@@ -37,8 +39,7 @@ def answer_logps(
     for i, ((prompt, completion), answer) in enumerate(zip(rows, answers, strict=True)):
         n = thought_length(completion, tokenizer, options.marker)
         if n is not None:
-            written = (options.answer_prefix, options.answer_eos)
-            ids = answer_token_ids(tokenizer, {"answer": answer}, *written)
+            ids = answer_token_ids(tokenizer, {"answer": answer}, options.answer_prefix, end)
             told[i] = (prompt + completion[:n], ids)
     lengths = [len(context) + len(ids) for context, ids in told.values()]
     check_context(lengths, model, "prompt, thought and reference answer")

@@ -15,7 +15,7 @@ from trl_ext.evals.options import EvaluationOptions
 from trl_ext.evals.result import EvaluationResult
 from trl_ext.evals.scoring import RewardFunc
 from trl_ext.evals.shares import first_rows, rows_of_all_processes, whole_model
-from trl_ext.rollouts.splice import check_marker
+from trl_ext.rollouts.splice import check_marker, end_of_answer
 
 
 def evaluate_generations(
@@ -149,7 +149,7 @@ class _Chunks:
             {k: v for k, v in repeated.items() if k not in ("completion", "completion_ids")},
             self.trainer_state,
         )
-        reference_logps = self.reference_logps(prompt_ids, ids, repeated)
+        reference_logps = self.reference_logps(prompt_ids, ids, repeated, columns["prompt"][0])
         return [
             _Row(
                 reward=rewards[i],
@@ -162,13 +162,18 @@ class _Chunks:
         ]
 
     def reference_logps(
-        self, prompt_ids: list[list[int]], ids: list[list[int]], columns: dict[str, list[Any]]
+        self,
+        prompt_ids: list[list[int]],
+        ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        prompt: Any,
     ) -> list[float]:
         """log π(reference answer | prompt, thought); NaN where none is asked for."""
         if self.options.marker is None:
             return [math.nan] * len(ids)
         rows = list(zip(prompt_ids, ids, strict=True))
-        return answer_logps(self.model, self.tokenizer, rows, columns["answer"], self.options)
+        end = end_of_answer(self.tokenizer, prompt) if self.options.answer_eos else None
+        return answer_logps(self.model, self.tokenizer, rows, columns["answer"], self.options, end)
 
 
 def _assemble(rows: list[_Row], options: EvaluationOptions, *, judged: bool) -> EvaluationResult:

@@ -108,14 +108,35 @@ def check_context(lengths: Iterable[int], model: Any, what: str) -> None:
         )
 
 
-def answer_token_ids(tokenizer: Any, row: dict[str, Any], prefix: str, eos: bool) -> list[int]:
+def end_of_answer(tokenizer: Any, prompt: Any) -> int:
+    """The token with which a policy ends: in a conversation that of its chat template's turns.
+
+    Gemma's turns, for one, end in `<end_of_turn>` and not in the tokenizer's `eos_token`.
+
+    Args:
+        tokenizer: of the policy.
+        prompt: a text, or a list of messages.
+    """
+    if not isinstance(prompt, str):
+        said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "42"}]
+        written = tokenizer.apply_chat_template(said, tokenize=False)
+        behind = _tokens(tokenizer, written.rpartition("42")[2])[:1]
+        specials = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if behind and behind[0] in specials:
+            return behind[0]
+    return tokenizer.eos_token_id
+
+
+def answer_token_ids(
+    tokenizer: Any, row: dict[str, Any], prefix: str, end: int | None
+) -> list[int]:
     """Tokens of the reference answer of a row of the dataset, at least one.
 
     Args:
         tokenizer: of the policy.
         row: with the answer as a text in its column `answer`.
         prefix: text between marker and answer, tokenised with the answer.
-        eos: whether the end of sequence belongs to the answer.
+        end: token that belongs to the answer as its last; None for no such token.
 
     Raises:
         ValueError: the row has no text in its column `answer`, or nothing but white space.
@@ -127,7 +148,7 @@ def answer_token_ids(tokenizer: Any, row: dict[str, Any], prefix: str, eos: bool
             "answer is needed as a text that is not empty. Fill it in, or leave the row out."
         )
     ids = _tokens(tokenizer, prefix + text)
-    return [*ids, tokenizer.eos_token_id] if eos else ids
+    return ids if end is None else [*ids, end]
 
 
 def with_answers(

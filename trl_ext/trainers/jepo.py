@@ -47,6 +47,7 @@ from trl_ext.rollouts.splice import (
     check_context,
     check_marker,
     cut,
+    end_of_answer,
     thought_length,
     with_answers,
 )
@@ -119,8 +120,8 @@ class JEPOConfig(GroupConfig):
     answer_eos: bool = field(
         default=True,
         metadata={
-            "help": "Whether the end of sequence belongs to the answer (arXiv:2503.19618, "
-            "appendix B)."
+            "help": "Whether the end of sequence, in conversations that of a turn, belongs to the "
+            "answer (arXiv:2503.19618, appendix B)."
         },
     )
     supervised_coef: float = field(
@@ -271,9 +272,8 @@ def answered(
 ) -> dict:
     """The batch with the reference answers of the dataset's rows behind its thoughts."""
     args, tokenizer = trainer.args, trainer.processing_class
-    answers = [
-        answer_token_ids(tokenizer, row, args.answer_prefix, args.answer_eos) for row in rows
-    ]
+    end = end_of_answer(tokenizer, rows[0]["prompt"]) if args.answer_eos else None
+    answers = [answer_token_ids(tokenizer, row, args.answer_prefix, end) for row in rows]
     asked = output["prompt_mask"].sum(1).tolist()
     told = [
         prompt + n + len(answer)

@@ -22,6 +22,7 @@ from trl_ext.rollouts.splice import (
     answer_token_ids,
     check_context,
     check_marker,
+    end_of_answer,
     thought_length,
 )
 
@@ -129,7 +130,9 @@ class MeanProbabilityReward:
                 "the dataset has no column 'answer', whose texts MeanProbabilityReward scores: got "
                 f"{sorted(kwargs)}. Add the reference answers under this name."
             )
-        answers = [self._answer_ids(text) for text in answer]
+        tokenizer = self.trainer.processing_class
+        end = end_of_answer(tokenizer, prompts[0]) if self.answer_eos else None
+        answers = [self._answer_ids(text, end) for text in answer]
         rewards: list[float | None] = [0.0 if ids else None for ids in answers]
         thoughts = [self._thought(ids) for ids in completion_ids]
         marked = {i: c for i, c in enumerate(thoughts) if c is not None and answers[i]}
@@ -143,11 +146,11 @@ class MeanProbabilityReward:
                 rewards[i] = reward
         return rewards
 
-    def _answer_ids(self, text: str | None) -> list[int]:
+    def _answer_ids(self, text: str | None, end: int | None) -> list[int]:
         if text is None or (isinstance(text, str) and not text.strip()):
             return []
         tokenizer, row = self.trainer.processing_class, {"answer": text}
-        return answer_token_ids(tokenizer, row, self.answer_prefix, self.answer_eos)
+        return answer_token_ids(tokenizer, row, self.answer_prefix, end)
 
     def _thought(self, token_ids: Sequence[int]) -> list[int] | None:
         n = thought_length(token_ids, self.trainer.processing_class, self.marker)
