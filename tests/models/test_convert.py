@@ -171,8 +171,11 @@ def test_other_keys_and_shapes_are_named(conversion):
     model.model.layers[0].self_attn.q_norm = torch.nn.LayerNorm(8)
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_norm.bias'.* have no place"):
         conversion(model)
+    adapted = get_peft_model(source_of("llama"), LoraConfig())
     with pytest.raises(ValueError, match=r"lora_A.* have no place.*without adapters"):
-        conversion(get_peft_model(source_of("llama"), LoraConfig()).base_model.model)
+        conversion(adapted.base_model.model)
+    with pytest.raises(ValueError, match=r"source is a PeftModel.*merge_and_unload"):
+        conversion(adapted)
     offloaded = source_of("llama").to("meta")
     with pytest.raises(ValueError, match="missing or offloaded"):
         conversion(offloaded)

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GPTQConfig,
     PreTrainedModel,
     QuantoConfig,
     Trainer,
@@ -145,6 +146,14 @@ def test_other_quantizations_and_dictionaries_are_understood():
     assert exact.weights == "int4" and "q_proj" in exact.modules_to_not_convert
     without_list = SimpleNamespace(bits=4)
     assert leave_exact(without_list, ["q_proj"]) == without_list
+
+
+def test_a_quantization_by_examples_that_takes_all_is_refused():
+    config = GPTQConfig(bits=4, dataset=["a"])
+    with pytest.raises(ValueError, match="GPTQConfig would quantize q_proj too"):
+        leave_exact(config, ["q_proj"])
+    config.modules_in_block_to_quantize = [["mlp.up_proj"]]
+    assert leave_exact(config, ["q_proj"]).to_dict() == config.to_dict()
 
 
 FORMATS = {

@@ -100,10 +100,12 @@ class TestGenerate:
         assert len(calls) == NEW - 1
         assert torch.equal(compiled, generate(main_model, ids, mask).sequences)
 
-    @pytest.mark.parametrize("helper", ["assistant", "prompt_lookup"])
+    @pytest.mark.parametrize("helper", ["assistant", "prompt_lookup", "early_exit"])
     def test_assisted_generation_says_the_same(self, model, helper):
         ids = tokens(1, 4).repeat(1, 3)
         options = {"prompt_lookup_num_tokens": 3}
+        if helper == "early_exit":
+            options = {"assistant_early_exit": 1}
         if helper == "assistant":
             # Nearly the model, so that some guesses are right and some are taken back.
             assistant = tiny_like(model)

@@ -422,6 +422,17 @@ class TestCompile:
         expected = gradients(model, ours.loss)
         assert (gradients(model, theirs.loss) - expected).norm() < CLOSE * expected.norm()
 
+    def test_other_shapes_ask_for_no_other_graphs(self, variant, backend):
+        model = tiny(variant)
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+        with torch.no_grad():
+            for size in ((2, 5), (3, 9), (4, 12), (5, 20)):
+                ids = tokens(*size)
+                ours, theirs = (f(ids, use_cache=False).logits for f in (model, compiled))
+                assert largest(ours, theirs) < CLOSE
+        assert counter.frame_count <= 2  # the first shape may have one of its own
+
     def test_packed_documents(self, variant, backend):
         model = tiny(variant)
         compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -1,5 +1,7 @@
 """What would silently compute another attention, or mean nothing, is refused in plain words."""
 
+import runpy
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,18 +14,20 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
     Trainer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models.variants import BOTH, SIZES, config_of, tiny, tokens
-from trl_ext.models import StickBreakingConfig, TapaConfig
+from trl_ext.models import StickBreakingConfig, TapaConfig, _configuration
 
 FOREIGN = [
     *("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "vllm"),
     *("paged|eager", "paged|sdpa", "kernels-community/flash-attn", "no such attention"),
 ]
 IDS = tokens(1, 5)
+OLD = r"needs transformers 5\.24 or later, and here is"
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +129,13 @@ class TestWholeModels:
             past_key_values: None = None
 
         monkeypatch.setattr("trl_ext.models._decoder.BaseModelOutputWithPast", Older)
-        with pytest.raises(ImportError, match=r"needs transformers 5\.24 or later, and here is"):
+        with pytest.raises(ImportError, match=OLD):
             tiny(variant)
+
+    def test_a_host_that_lacks_what_is_imported(self, variant, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub.dataclasses", None)
+        with pytest.raises(ImportError, match=OLD):
+            runpy.run_path(_configuration.__file__)
 
     def test_sequence_parallelism_of_deepspeed(self, variant, monkeypatch):
         """It puts its own function behind all names, and each process gets a part of the row."""
@@ -175,6 +184,11 @@ class TestInputs:
     def test_masks_of_another_shape(self, main_model, mask, said):
         with pytest.raises(ValueError, match=said):
             main_model(IDS, attention_mask=mask)
+
+    def test_a_cache_without_room(self, main_model):
+        cache = StaticCache(config=main_model.config, max_cache_len=4)
+        with pytest.raises(ValueError, match="has 5 columns, and the cache has room for 4 tokens"):
+            main_model(IDS, attention_mask=torch.ones(1, 5), cache=cache)
 
     def test_a_mask_without_the_cached_tokens(self, main_model):
         cache = main_model(IDS).cache

@@ -4,14 +4,14 @@ Float32 outputs and gradients within 1e-5 of the float64 definition, relative to
 the length, the width of a head, padding, packing or cache.
 """
 
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 
 from tests.ops.test_stickbreaking import CUDA, DEVICE, kernels_run
 from trl_ext.ops import stickbreaking_attention, tapa_attention
-from trl_ext.ops._choice import choose, fitting_tiles
+from trl_ext.ops._choice import best_of, fitting_tiles
 
 LIMIT = {torch.float32: 1e-5, torch.float16: 2**-7, torch.bfloat16: 2**-5}
 needs_triton = pytest.mark.skipif(not kernels_run(), reason="needs triton, and CUDA or interpreter")
@@ -148,19 +148,37 @@ def test_how_tensors_lie_in_memory_changes_not_a_bit(attention, T):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "installed", "chosen"),
+    ("device", "dtype", "width", "installed", "chosen"),
     [
-        ("cuda", torch.bfloat16, True, "triton"),
-        ("cuda", torch.float32, True, "triton"),
-        ("cuda", torch.float64, True, "chunked"),
-        ("cuda", torch.bfloat16, False, "chunked"),
-        ("cpu", torch.bfloat16, True, "chunked"),
+        ("cuda", torch.bfloat16, 256, True, "triton"),
+        ("cuda", torch.float32, 64, True, "triton"),
+        ("cuda", torch.float64, 64, True, "chunked"),
+        ("cuda", torch.bfloat16, 64, False, "chunked"),
+        ("cuda", torch.bfloat16, 320, True, "chunked"),
+        ("cpu", torch.bfloat16, 64, True, "chunked"),
     ],
 )
-def test_the_device_chooses(device, dtype, installed, chosen, monkeypatch):
+def test_the_device_chooses(device, dtype, width, installed, chosen, monkeypatch):
     monkeypatch.setattr("trl_ext.ops._choice._has_triton", lambda: installed)
-    q = SimpleNamespace(device=torch.device(device), element_size=lambda: dtype.itemsize)
-    assert choose(None, q) == chosen
+    assert best_of(torch.device(device), dtype, width) == chosen
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_forward_mode_gradients_are_right_or_refused(attention):
+    draw = torch.Generator().manual_seed(0)
+    kinds = {"generator": draw, "dtype": torch.float64}
+    qkv, step = (tuple(torch.randn(1, 2, 9, 4, **kinds) for _ in range(3)) for _ in range(2))
+
+    def output(*qkv):
+        return ATTENTIONS[attention](*qkv, implementation="naive")[0]
+
+    _, slope = torch.func.jvp(output, qkv, step)
+    near = [output(*(x + h * dx for x, dx in zip(qkv, step, strict=True))) for h in (1e-6, -1e-6)]
+    torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-6, rtol=1e-6, atol=1e-6)
+    for implementation in ("chunked", None):
+        with pytest.raises(ValueError, match="no forward-mode gradients"):
+            attend = partial(ATTENTIONS[attention], implementation=implementation)
+            torch.func.jvp(lambda *x, f=attend: f(*x)[0], qkv, step)
 
 
 class Tile:

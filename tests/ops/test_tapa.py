@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ops.test_stickbreaking import DEVICE, every_implementation
 from trl_ext.ops import tapa_attention
 from trl_ext.ops._shapes import make_layout
 from trl_ext.ops.tapa import chunked
@@ -70,10 +71,12 @@ def test_equals_the_definition_pair_by_pair(implementation, phase, fraction, alp
     torch.testing.assert_close(o[0, 0], expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("implementation", EVERYWHERE)
+@every_implementation
 def test_golden_example(implementation):
+    dtype = torch.float32 if implementation == "triton" else torch.float64
+
     def table(rows):
-        return torch.tensor(rows, dtype=torch.float64)[None, None].requires_grad_()
+        return torch.tensor(rows, dtype=dtype, device=DEVICE)[None, None].requires_grad_()
 
     q = table([[0.5, -0.3, 0.2, 0.4], [0.1, 0.8, -0.5, 0.3], [-0.7, 0.6, 0.9, -0.2]])
     k = table([[0.4, 0.2, -0.6, 0.5], [-0.3, 0.9, 0.1, 0.7], [0.8, -0.5, 0.3, -0.4]])
@@ -105,7 +108,7 @@ def test_golden_example(implementation):
         ],
     }
     for name, value in {"o": o, "dq": dq, "dk": dk, "dv": dv}.items():
-        assert (value - table(expected[name])).abs().max() < 1e-6, name
+        assert (value - table(expected[name])).abs().max() < 2e-6, name
     assert loss.item() == pytest.approx(0.511370, abs=1e-6)
 
 

@@ -107,6 +107,11 @@ def test_the_future_has_no_influence_at_all():
     after = tapa_attention(q, k, v, **PAPER, implementation="triton")
     assert (before[:, :, :21] - after[:, :, :21]).abs().max() == 0.0
     assert (before[:, :, 21:] - after[:, :, 21:]).abs().amin(dim=(0, 1, 3)).min() > 0
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    o = tapa_attention(q, k, v, **PAPER, implementation="triton")
+    for gradient in torch.autograd.grad(o[:, :, :21].sum(), (q, k, v)):
+        assert gradient[:, :, 21:].abs().max() == 0.0
+        assert gradient[:, :, :20].abs().max() > 0
 
 
 def test_queries_that_see_no_key_and_uninitialised_memory():

@@ -403,7 +403,7 @@ def test_the_study_trains_measures_and_reports(recipe, texts, tmp_path, monkeypa
         "windows": 6,
         "stride": 16,
         "processes": 1,
-        "methods": "yarn tapa",
+        "methods": "yarn tapa stickbreaking",
         "seeds": "0 1",
         **SMALL,
     }
@@ -414,14 +414,17 @@ def test_the_study_trains_measures_and_reports(recipe, texts, tmp_path, monkeypa
     assert "RoPE + YaRN" in said and "TAPA" in said and "passkeys" in said
     rows = json.loads((tmp_path / "long_context.json").read_text())["rows"]
     found = {(r["seed"], r["stage"], r["method"], r["length"]) for r in rows}
-    runs = [("short", "rope"), *itertools.product(("short", "long"), ("yarn", "tapa"))]
+    methods = ("yarn", "tapa", "stickbreaking")
+    runs = [("short", "rope"), *itertools.product(("short", "long"), methods)]
     expected = {(s, *run, n) for s in (0, 1) for run in runs for n in (64, 128)}
     assert found == expected and len(rows) == len(found)
-    learned = [r["perplexity"] for r in rows if r["method"] == "tapa" and r["length"] == 64]
+    own = ("tapa", "stickbreaking")
+    learned = [r["perplexity"] for r in rows if r["method"] in own and r["length"] == 64]
     assert max(learned) < 150  # of 273 tokens
     for measure in recipe.report.MEASURES:
         assert (tmp_path / f"{measure}.png").read_bytes().startswith(b"\x89PNG")
-    for folder in ("rope-short", "tapa-short", "yarn-long", "tapa-long"):
+    trained = [f"{method}-{stage}" for method in own for stage in ("short", "long")]
+    for folder in ("rope-short", "yarn-long", *trained):
         home = tmp_path / "seed-1" / folder
         assert AutoModelForCausalLM.from_pretrained(home).num_parameters() > 1000
         card = (home / "README.md").read_text(encoding="utf-8")

@@ -4,8 +4,18 @@ import importlib
 import os
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+import transformers
+
+# The package does not install beside an older host, but the code in a checkpoint may meet one.
+TOO_OLD = (
+    f"this model needs transformers 5.24 or later, and here is {transformers.__version__}: "
+    "`pip install -U transformers`."
+)
+try:
+    from huggingface_hub.dataclasses import strict
+    from transformers import PreTrainedConfig
+except ImportError as error:
+    raise ImportError(TOO_OLD) from error
 
 TENSOR_PARALLEL_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",

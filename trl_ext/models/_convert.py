@@ -39,6 +39,11 @@ def convert(
         ValueError: the source is not of Llama's form, or a field does not exist.
     """
     if not isinstance(source, PreTrainedModel):
+        if not isinstance(source, str | os.PathLike):
+            raise ValueError(
+                f"source is a {type(source).__name__}: pass a transformers model, or the name or "
+                "path of a checkpoint. Of a PEFT model pass `model.merge_and_unload()`."
+            )
         source = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     _check_form(source.config)
     _check_fields(config_class, fields)

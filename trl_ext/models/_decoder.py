@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import (
@@ -17,7 +16,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from trl_ext.models._configuration import DecoderConfig
+from trl_ext.models._configuration import TOO_OLD, DecoderConfig
 from trl_ext.models._names import check_name, implementation
 from trl_ext.models._visible import Visible, visible_keys
 
@@ -101,12 +100,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 def _check_host() -> None:
-    # The package does not install beside an older host, but the code in a checkpoint may meet one.
     if "cache" not in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}:
-        raise ImportError(
-            f"this model needs transformers 5.24 or later, and here is {transformers.__version__}: "
-            "`pip install -U transformers`."
-        )
+        raise ImportError(TOO_OLD)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -191,7 +186,8 @@ class DecoderModel(DecoderPreTrainedModel):
             cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
         )
         attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        for layer in self.layers:
+        # The host drafts with fewer layers by lowering their number for a while.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             # Gradient checkpointing wants the hidden states by position.
             hidden = layer(
                 hidden,

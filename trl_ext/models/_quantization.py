@@ -19,14 +19,28 @@ def leave_exact(quantization: Any, modules: Sequence[str]) -> Any:
 
     Returns:
         The object. Where there was no list, which means the host's default, the heads join it too:
-        a list replaces the default. A configuration that knows no list comes back as it is: it is
-        of a method that reads quantized weights and makes none.
+        a list replaces the default. A configuration that knows no list comes back as it is, if it
+        is of a method that reads quantized weights and makes none.
+
+    Raises:
+        ValueError: the method quantizes by examples (GPTQ), and knows no exceptions.
     """
     if isinstance(quantization, dict):
         quantization = AutoQuantizationConfig.from_dict(quantization)
+    if getattr(quantization, "dataset", None) and not _has_list(quantization):
+        raise ValueError(
+            f"{type(quantization).__name__} would quantize {', '.join(modules)} too, whose errors "
+            "TAPA's phase multiplies. Name the other modules in modules_in_block_to_quantize, or "
+            "use BitsAndBytesConfig."
+        )
     quantization = copy.deepcopy(quantization)
     for field in FIELDS:
         if hasattr(quantization, field):
             given = getattr(quantization, field)
             setattr(quantization, field, [*(HEADS if given is None else given), *modules])
     return quantization
+
+
+def _has_list(quantization: Any) -> bool:
+    names = (*FIELDS, "modules_in_block_to_quantize")
+    return any(getattr(quantization, name, None) is not None for name in names)

@@ -68,6 +68,12 @@ def _checked(
     if mask is None:
         return None
     tensor = isinstance(mask, Tensor)
+    if tensor and mask.dim() == 2 and mask.size(1) > slots != T:
+        raise ValueError(
+            f"attention_mask has {mask.size(1)} columns, and the cache has room for {slots} "
+            "tokens: pass one column for each cached and new token, or make the cache larger "
+            "(max_cache_len)."
+        )
     if not tensor or mask.dim() != 2 or mask.size(0) != B or not T <= mask.size(1) <= slots:
         given = f"has shape {tuple(mask.shape)}" if tensor else f"is a {type(mask).__name__}"
         raise ValueError(

@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 IMPLEMENTATIONS = ("naive", "chunked", "triton")
+WIDEST = 256  # head that the kernels are written and tested for
 SHARED_MEMORY = 160 * 1024  # bytes of a multiprocessor; the tuner leaves out what a chip has not
 
 
-def choose(implementation: str | None, q: Tensor) -> str:
-    """The implementation to use for `q`; None: "triton" on CUDA if installed, else "chunked".
+def choose(implementation: str | None, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The implementation to use; None: the best one here.
 
     Raises:
-        ValueError: it does not exist, or cannot run on this device or in this dtype.
+        ValueError: it does not exist, cannot run on this device or in this dtype, or is not "naive"
+            where forward-mode gradients are asked for.
     """
-    fits = q.device.type == "cuda" and q.element_size() <= 4
     if implementation is None:
-        return "triton" if fits and _has_triton() else "chunked"
+        implementation = best_of(q.device, q.dtype, max(q.size(3), v.size(3)))
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} does not exist: choose one of {IMPLEMENTATIONS}, "
@@ -27,7 +29,18 @@ def choose(implementation: str | None, q: Tensor) -> str:
         )
     if implementation == "triton":
         _check_triton(q)
+    if implementation != "naive" and any(unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise ValueError(
+            f"implementation={implementation!r} has no forward-mode gradients, and would take them "
+            "for 0: use implementation='naive', or reverse mode."
+        )
     return implementation
+
+
+def best_of(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """Gives "triton" on CUDA where it is installed and takes such tensors, else "chunked"."""
+    fits = device.type == "cuda" and dtype.itemsize <= 4 and width <= WIDEST
+    return "triton" if fits and _has_triton() else "chunked"
 
 
 def fitting_tiles(tiles: list[Any], row_bytes: int) -> list[Any]:

@@ -65,7 +65,7 @@ def stickbreaking_attention(
     scale = 1 / math.sqrt(q.size(3)) if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} is no factor of logits: use a finite number, or None.")
-    chosen = choose(implementation, q)
+    chosen = choose(implementation, q, k, v)
     if chosen == "naive":
         return naive.stickbreaking(q, k, v, layout, scale=scale, attend_current=attend_current)
     if chosen == "chunked":

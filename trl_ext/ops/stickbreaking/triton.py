@@ -39,7 +39,7 @@ except ImportError as error:
         "use 'chunked', which computes the same on any device."
     ) from error
 
-from trl_ext.ops._choice import fitting_tiles
+from trl_ext.ops._choice import WIDEST, fitting_tiles
 from trl_ext.ops._shapes import Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,10 +63,10 @@ def stickbreaking(
     Raises:
         ValueError: a head is too wide.
     """
-    if max(q.size(3), v.size(3)) > 256:
+    if max(q.size(3), v.size(3)) > WIDEST:
         raise ValueError(
-            f"implementation='triton' takes heads of width 256 at most, and q has {q.size(3)} and v"
-            f" {v.size(3)}: use 'chunked'."
+            f"implementation='triton' takes heads of width {WIDEST} at most, and q has {q.size(3)} "
+            f"and v {v.size(3)}: use 'chunked'."
         )
     first_key, real = layout.first_key_BT, layout.real_BT
     if first_key is not None:

@@ -75,7 +75,7 @@ def tapa_attention(
     _check_phase(phase, phase_alpha)
     scale = 1 / math.sqrt(q.size(3) - amplitude_dim)
     form = {"amplitude_dim": amplitude_dim, "phase_alpha": phase_alpha}
-    chosen = choose(implementation, q)
+    chosen = choose(implementation, q, k, v)
     if chosen == "naive":
         return naive.tapa(q, k, v, layout, phase=phase, **form)
     if phase == "linear":
@@ -88,7 +88,8 @@ def tapa_attention(
 
 
 def _amplitude_dim(fraction: float, width: int) -> int:
-    amplitude_dim = round(fraction * width) if math.isfinite(fraction) else 0
+    # Not by `math.isfinite`, which no compiler takes of a fraction that is symbolic.
+    amplitude_dim = round(fraction * width) if 0 < fraction < 1 else 0
     whole = abs(fraction * width - amplitude_dim) < 1e-6 * width
     if not (whole and 0 < amplitude_dim < width):
         raise ValueError(

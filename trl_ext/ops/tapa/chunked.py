@@ -70,9 +70,11 @@ class _Tiling:
         cls, q: Tensor, k: Tensor, layout: Layout, amplitude_dim: int, scale: float, alpha: float
     ) -> "_Tiling":
         sizes, dtype = (k.size(0), k.size(1), q.size(1) // k.size(1)), score_dtype(q)
-        # In float64 first: the error of a power is multiplied by the number of turns.
-        distances = torch.arange(k.size(2) + 1, dtype=torch.float64, device=k.device)
-        power = distances.pow(alpha).to(dtype)
+        # In float64 first: the error of a power is multiplied by the number of turns. Apple's MPS
+        # has no float64.
+        at = "cpu" if k.device.type == "mps" else k.device
+        distances = torch.arange(k.size(2) + 1, dtype=torch.float64, device=at)
+        power = distances.pow(alpha).to(dtype).to(k.device)
         return cls(layout, sizes, q.device, dtype, amplitude_dim, scale, power)
 
     def stacked(self, x: Tensor, rows: range) -> Tensor:
