@@ -258,6 +258,15 @@ def test_a_step_waits_for_the_character_that_its_boundary_s_token_began():
     assert [decode(tokenizer, ids[:start]) for start in starts] == ["", "ab\né"]
 
 
+def test_an_end_inside_of_a_character_is_as_any_token_there():
+    """The token before it holds a line break and the first byte of a character."""
+    tokenizer = byte_level()
+    ids = encode(tokenizer, "ab\nécd")
+    broken = next(i for i, token in enumerate(ids) if decode(tokenizer, [token])[0] == "\n")
+    assert step_starts(tokenizer, ids[: broken + 2])[1:] != [broken + 1]
+    assert step_starts(tokenizer, ids[: broken + 1], ended=True) == [0]
+
+
 def test_the_word_behind_a_joined_space_belongs_to_the_sentence():
     tokenizer = byte_fallback()
     ids = encode(tokenizer, "ab. the dog. the")

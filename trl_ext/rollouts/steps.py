@@ -108,11 +108,11 @@ def step_starts(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} leaves no step. Give at least 1.")
     text, offsets = _offsets(tokenizer, completion_ids)
-    offsets += [len(text)] * ended
     cuts = _checked(splitter(text), text)
-    starts: list[int] = [0] if offsets else []
+    tokens = len(completion_ids) + ended
+    starts: list[int] = [0] if tokens else []
     seen = 0
-    for token, offset in enumerate(offsets):
+    for token, offset in enumerate(offsets[:tokens]):
         passed = bisect_right(cuts, offset, lo=seen)
         long_enough = passed > seen and token - starts[-1] >= min_tokens
         seen = passed
@@ -193,7 +193,7 @@ def _end_of_math(text: str, opener: str, position: int) -> int:
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """Decoded text, and how much of it the tokens before each token make.
+    """Decoded text, and how much of it the tokens before each token, and all of them, make.
 
     What they leave unfinished does not count, so that no boundary is met inside of a character.
     Each token is decoded behind the one before it: alone, some decoders would drop its space.
@@ -217,7 +217,7 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[st
             before = whole
         text, behind, whole = text + behind, "", token + 1
         shown = decode(before, whole)
-    return text + behind, offsets
+    return text + behind, [*offsets, len(text)]
 
 
 def _checked(cuts: Any, text: str) -> list[int]:
