@@ -283,6 +283,10 @@ def test_options_of_the_model_s_own_are_refused_too():
         ({"encoder_repetition_penalty": 1.5}, r"encoder_repetition_penalty=1\.5 is not"),
         ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size=2 is not"),
         ({"token_healing": True}, "token_healing=True is not"),
+        ({"min_length": 3}, "min_length=3 is not"),
+        ({"max_time": 9.0}, r"max_time=9\.0 is not"),
+        ({"stop_strings": ["."]}, r"stop_strings=\['\.'\] is not"),
+        ({"forced_eos_token_id": 1}, "forced_eos_token_id=1 is not"),
     ],
     ids=str,
 )

@@ -568,12 +568,12 @@ def test_a_server_that_works_ahead_is_refused(tmp_path):
     run.args.vllm_mode = "server"
     with pytest.raises(ValueError, match=r"use_vllm=True with schedule='one_step'.*'sync'"):
         run._refuse_unsupported()
-    run.args = SimpleNamespace(
-        **{**vars(run.args), "schedule": "sync", "generation_kwargs": {"min_tokens": 3}},
-        scores_text_again=False,
-    )
-    with pytest.raises(ValueError, match="min_tokens=3 in generation_kwargs: it would begin anew"):
-        run._refuse_unsupported()
+    told = {**vars(run.args), "schedule": "sync", "scores_text_again": False}
+    own = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "structured_outputs": "a"}
+    for name, value in {"min_tokens": 3, **own}.items():
+        run.args = SimpleNamespace(**told | {"generation_kwargs": {name: value}})
+        with pytest.raises(ValueError, match=f"{name}={value!r} in .*: it would begin anew"):
+            run._refuse_unsupported()
 
 
 @pytest.mark.parametrize(
@@ -581,6 +581,7 @@ def test_a_server_that_works_ahead_is_refused(tmp_path):
     [
         ({"min_new_tokens": 2}, "min_new_tokens=2 is not supported where completions"),
         ({"max_new_tokens": 3}, "max_new_tokens=3 in generation_kwargs.*max_completion_length"),
+        ({"max_tokens": 3}, "max_tokens=3 in generation_kwargs.*max_completion_length"),
     ],
     ids=str,
 )
