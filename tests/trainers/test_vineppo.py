@@ -478,6 +478,7 @@ def test_the_table_knows_what_could_not_be_scored(tmp_path):
     assert known[:2] == [[1.0, None, None, 0.0], [1.0, None, None, None]]
     assert table["lost_step"].fillna("").tolist()[:2] == ["ab", ""]
     assert table["lost_at_step"].fillna(-1).tolist()[:2] == [0, -1]
+    assert run.state.log_history[0]["rollouts/value"] == 1.0, "the mean over what was scored"
 
 
 def test_metrics_count_steps_prefixes_and_rollouts(tmp_path):
