@@ -451,13 +451,14 @@ def test_an_address_is_fetched_once(folder, tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(IncompleteRead):
+        with pytest.raises(IncompleteRead) as cut:
             load_education_dialogue("test", address)
         first, again = (load_education_dialogue("test", address) for _ in range(2))
         with pytest.raises(HTTPError) as missing:
             load_education_dialogue("test", f"{address}/elsewhere")
-        (note,) = missing.value.__notes__
-        assert f"{address}/elsewhere/conversations_eval.json could not be fetched" in note
+        for error, path in [(cut, address), (missing, f"{address}/elsewhere")]:
+            (note,) = error.value.__notes__
+            assert f"{path}/conversations_eval.json could not be fetched" in note
         server.shutdown()
     assert first.to_list() == again.to_list()
     assert first.to_list() == load_education_dialogue("test", str(folder)).to_list()

@@ -272,8 +272,10 @@ def test_an_unscorable_conversation_is_as_if_never_drawn(rewarded, tmp_path):
         options = dict(num_generations=G, per_device_train_batch_size=2 * G)
         options |= {"judge": None if rewarded else judge}
         arguments = {"reward_funcs": reward if rewarded else None}
-        gradient, _ = one_step(tmp_path, speak(texts), arguments=arguments, **options)
+        gradient, row = one_step(tmp_path, speak(texts), arguments=arguments, **options)
         found.append(gradient)
+        if not rewarded:
+            assert row["win_rate"] == row["rewards/win_rate/mean"] == 0.5, "somebody wins each time"
     assert found[1].norm() > 1e-2
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 

@@ -3,6 +3,7 @@
 import hashlib
 import tempfile
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ def _local(file: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _fetch(file, path)
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             error.add_note(
                 f"source: {file} could not be fetched. Download the files and give their folder."
             )
