@@ -31,7 +31,7 @@ RATES = {
     "grpo_on": 8e-4,
     "rloo_on": 4e-4,
 }
-GRID = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+GRID = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 SWEEP_SEED = 100
 SAVED = ("agro", "agro_on")  # with a card; TRL writes its own for its trainers
 Row = dict[str, Any]

@@ -1,15 +1,16 @@
 """Learning to teach from preferences between whole conversations, on a CPU, in minutes.
 
-    python recipes/education_dialogue/run.py [--seeds 0 1 2] [--sweep] [--quick]
+    python recipes/education_dialogue/run.py [--seeds 0 1 2] [--steps 100] [--sweep] [--quick]
 
 MTPO and MTPO-τ against multi-turn and single-turn RLHF with a learned reward (arXiv:2405.14655).
 """
 
+import dataclasses
 import time
 
 from report import report, sweep_table
 from rich.console import Console
-from study import study, sweep
+from study import QUICK, Plan, study, sweep
 
 from trl_ext.studies import quiet_process, study_options
 
@@ -17,14 +18,20 @@ from trl_ext.studies import quiet_process, study_options
 def main() -> None:
     parser = study_options(__doc__, "runs/education_dialogue")
     parser.add_argument("--sweep", action="store_true", help="instead, the learning rates")
+    parser.add_argument("--steps", type=int, help="of each method, in place of the plan's")
     given = parser.parse_args()
+    if given.steps is not None and given.steps < 1:
+        parser.error(f"--steps {given.steps}: give at least one step.")
+    plan = QUICK if given.quick else Plan()
+    if given.steps is not None:
+        plan = dataclasses.replace(plan, steps=given.steps)
     quiet_process()
     started = time.perf_counter()
     console = Console()
     if given.sweep:
-        console.print(sweep_table(sweep(given.folder, given.quick, given.processes)))
+        console.print(sweep_table(sweep(given.folder, plan, given.processes)))
     else:
-        figures = study(given.folder, given.seeds, given.quick, given.processes)
+        figures = study(given.folder, given.seeds, plan, given.processes)
         report(figures, given.folder, console)
     console.print(f"{time.perf_counter() - started:.0f} s")
 

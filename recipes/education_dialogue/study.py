@@ -73,18 +73,23 @@ class Plan:
 
     Attributes:
         steps: optimizer steps of each method.
-        measured: steps after which the teacher is compared with SFT.
+        points: how often a teacher is compared with SFT, at equal distances up to the last step.
         samples: conversations per held-out lesson in the comparison of all with all.
         world: how much of a world is made.
     """
 
     steps: int = 100
-    measured: tuple[int, ...] = (25, 50, 75, 100)
+    points: int = 4
     samples: int = 4
     world: Size = field(default_factory=Size)
 
+    @property
+    def measured(self) -> set[int]:
+        """Steps after which a teacher is compared with SFT."""
+        return {round(self.steps * i / self.points) for i in range(1, self.points + 1)}
 
-QUICK = Plan(steps=2, measured=(1, 2), samples=2, world=SMALL)
+
+QUICK = Plan(steps=2, points=2, samples=2, world=SMALL)
 
 
 class Curve(TrainerCallback):
@@ -106,13 +111,13 @@ class Curve(TrainerCallback):
             self.points.append(point)
 
 
-def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: int = 2) -> Row:
+def study(folder: Path, seeds: Sequence[int], plan: Plan, processes: int) -> Row:
     """Runs the study and keeps its figures in `folder/study.json`.
 
     Args:
         folder: holds the worlds, which are made where missing, and each trained teacher.
         seeds: of worlds, training and sampling.
-        quick: only enough to see that everything runs.
+        plan: how much is run.
         processes: training runs at a time, one core each.
 
     Returns:
@@ -120,7 +125,6 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
         rate at which the row's conversations beat the column's, and its standard error over
         lessons. `teaching`: seed, policy, things learned and messages of a conversation.
     """
-    plan = QUICK if quick else Plan()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, quiet_process) as pool:
         runs = [(folder, seed, m, CHOSEN[m], plan) for seed in seeds for m in METHODS]
@@ -141,9 +145,9 @@ def study(folder: Path, seeds: Sequence[int], quick: bool = False, processes: in
     return figures
 
 
-def sweep(folder: Path, quick: bool = False, processes: int = 2) -> list[Row]:
+def sweep(folder: Path, plan: Plan, processes: int) -> list[Row]:
     """Each method at each rate, measured at the end; rows are kept in `folder/sweep.json`."""
-    plan = QUICK if quick else dataclasses.replace(Plan(), measured=(Plan.steps,))
+    plan = dataclasses.replace(plan, points=1)
     runs = [(folder, SWEEP_SEED, method, rate, plan) for method in METHODS for rate in RATES]
     make_world(folder, SWEEP_SEED, plan.world)
     context = multiprocessing.get_context("spawn")

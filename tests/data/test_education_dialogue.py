@@ -283,6 +283,27 @@ def test_demonstrations_are_conversations_with_the_student_of_their_row():
         assert farewell["role"] == "assistant" and not farewell["tool_calls"]
 
 
+def test_the_clumsy_teacher_has_the_habits_that_are_told_of_her():
+    """Overhears half of the time, speaks of something else, gives up: shares over 600 lessons."""
+    lessons, shown = demonstrated(600)
+    of_lesson, heeded, left_early = [], [], []
+    for lesson, row in zip(lessons, shown, strict=True):
+        turns = row["completion"][:-1]
+        said = [m["tool_calls"][0]["function"]["arguments"]["message"] for m in turns[::2]]
+        heard = [m["content"] for m in turns[1::2]]
+        of_lesson += [message.split()[-1] in lesson["things"] for message in said]
+        left_early += [False] * len(said) + [True] * (not heard or END not in heard[-1])
+        for before, answer, after in zip(said, heard, said[1:], strict=False):
+            style, liked = before.split()[1], lesson["preference"]
+            if f"i like a {liked}" in answer and style != liked:
+                heeded.append(after.split()[1] == liked)
+            else:
+                assert after.split()[1] == style, "a style is changed on a hint alone"
+    shares = [sum(seen) / len(seen) for seen in (of_lesson, heeded, left_early)]
+    # She speaks of any of 20 things 15 % of the time; the last share is per turn that could be.
+    assert shares == pytest.approx([0.8725, 0.5, 0.05], abs=0.03)
+
+
 def test_the_clumsy_teacher_can_be_improved_upon():
     """Against a teacher who listens: the study's headroom."""
     lessons, shown = demonstrated(200)
