@@ -24,9 +24,9 @@ METHODS = (*OFFLINE, *ONLINE)
 RATES = {
     "agro": 1e-4,
     "grpo": 4e-4,
-    "grpo_old": 1e-4,
-    "dpo": 1e-4,
-    "topr": 4e-4,
+    "grpo_old": 5e-5,
+    "dpo": 5e-5,
+    "topr": 2.5e-5,
     "agro_on": 8e-4,
     "grpo_on": 8e-4,
     "rloo_on": 4e-4,

@@ -9,7 +9,7 @@
 | `mtpo_tau`     | all turns  | the judge, between two conversations of its mixture with SFT      |
 
 All see 32 conversations (or turns) per step and take the same number of steps; each has its own
-learning rate, the best of the same three.
+learning rate, the better of the same two.
 
 Source: Shani et al., arXiv:2405.14655, section 6.
 """
