@@ -1,16 +1,15 @@
 """Learning to teach from preferences between whole conversations, on a CPU, in minutes.
 
-    python recipes/education_dialogue/run.py [--seeds 0 1 2] [--steps 100] [--sweep] [--quick]
+    python recipes/education_dialogue/run.py [--seeds 0 1 2] [--sweep] [--long | --quick]
 
 MTPO and MTPO-τ against multi-turn and single-turn RLHF with a learned reward (arXiv:2405.14655).
 """
 
-import dataclasses
 import time
 
 from report import report, sweep_table
 from rich.console import Console
-from study import QUICK, Plan, study, sweep
+from study import LONG, QUICK, Plan, study, sweep
 
 from trl_ext.studies import quiet_process, study_options
 
@@ -18,13 +17,11 @@ from trl_ext.studies import quiet_process, study_options
 def main() -> None:
     parser = study_options(__doc__, "runs/education_dialogue")
     parser.add_argument("--sweep", action="store_true", help="instead, the learning rates")
-    parser.add_argument("--steps", type=int, help="of each method, in place of the plan's")
+    parser.add_argument("--long", action="store_true", help="four times as many steps")
     given = parser.parse_args()
-    if given.steps is not None and given.steps < 1:
-        parser.error(f"--steps {given.steps}: give at least one step.")
-    plan = QUICK if given.quick else Plan()
-    if given.steps is not None:
-        plan = dataclasses.replace(plan, steps=given.steps)
+    if given.long and given.quick:
+        parser.error("--long and --quick: give one of them.")
+    plan = LONG if given.long else QUICK if given.quick else Plan()
     quiet_process()
     started = time.perf_counter()
     console = Console()

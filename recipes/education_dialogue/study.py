@@ -60,8 +60,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "mtpo_tau": {"judge": education_judge, "tau": 0.0375},
 }
 RATES = (1e-4, 3e-4)
-# The best of RATES on SWEEP_SEED, by the win rate against SFT at the end.
-CHOSEN = dict.fromkeys(METHODS, 3e-4)
 SWEEP_SEED = 100
 GENERATIONS, ROWS = 4, 32  # conversations of a context, and of a step
 Row = dict[str, Any]
@@ -73,12 +71,15 @@ class Plan:
 
     Attributes:
         steps: optimizer steps of each method.
+        rates: learning rate of each method that has not 3e-4: the better one of RATES on
+            SWEEP_SEED, by the win rate against SFT at the end.
         points: how often a teacher is compared with SFT, at equal distances up to the last step.
         samples: conversations per held-out lesson in the comparison of all with all.
         world: how much of a world is made.
     """
 
     steps: int = 100
+    rates: dict[str, float] = field(default_factory=dict)
     points: int = 4
     samples: int = 4
     world: Size = field(default_factory=Size)
@@ -90,6 +91,7 @@ class Plan:
 
 
 QUICK = Plan(steps=2, points=2, samples=2, world=SMALL)
+LONG = Plan(steps=400, points=8, rates={"single_turn": 1e-4, "rlhf": 1e-4})
 
 
 class Curve(TrainerCallback):
@@ -127,7 +129,7 @@ def study(folder: Path, seeds: Sequence[int], plan: Plan, processes: int) -> Row
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, quiet_process) as pool:
-        runs = [(folder, seed, m, CHOSEN[m], plan) for seed in seeds for m in METHODS]
+        runs = [(folder, s, m, plan.rates.get(m, 3e-4), plan) for s in seeds for m in METHODS]
         # Each world once, before several runs ask for it.
         worlds = pool.map(make_world, *zip(*[(folder, s, plan.world) for s in seeds], strict=True))
         for _ in track(worlds, "worlds", len(seeds), transient=True):
