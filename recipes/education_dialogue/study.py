@@ -71,15 +71,15 @@ class Plan:
 
     Attributes:
         steps: optimizer steps of each method.
-        rates: learning rate of each method that has not 3e-4: the better one of RATES on
-            SWEEP_SEED, by the win rate against SFT at the end.
+        rates: learning rate of each method: the better one of RATES on SWEEP_SEED, by the win rate
+            against SFT at the end.
         points: how often a teacher is compared with SFT, at equal distances up to the last step.
         samples: conversations per held-out lesson in the comparison of all with all.
         world: how much of a world is made.
     """
 
     steps: int = 100
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METHODS, 3e-4))
     points: int = 4
     samples: int = 4
     world: Size = field(default_factory=Size)
@@ -91,7 +91,7 @@ class Plan:
 
 
 QUICK = Plan(steps=2, points=2, samples=2, world=SMALL)
-LONG = Plan(steps=400, points=8, rates={"single_turn": 1e-4, "rlhf": 1e-4})
+LONG = Plan(steps=400, points=8, rates=Plan().rates | {"single_turn": 1e-4, "rlhf": 1e-4})
 
 
 class Curve(TrainerCallback):
@@ -129,7 +129,7 @@ def study(folder: Path, seeds: Sequence[int], plan: Plan, processes: int) -> Row
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, quiet_process) as pool:
-        runs = [(folder, s, m, plan.rates.get(m, 3e-4), plan) for s in seeds for m in METHODS]
+        runs = [(folder, s, m, plan.rates[m], plan) for s in seeds for m in METHODS]
         # Each world once, before several runs ask for it.
         worlds = pool.map(make_world, *zip(*[(folder, s, plan.world) for s in seeds], strict=True))
         for _ in track(worlds, "worlds", len(seeds), transient=True):

@@ -43,6 +43,16 @@ def test_all_play_all_and_the_rates_of_both_sides_add_up_to_one(figures):
     }
 
 
+def test_every_plan_has_a_rate_for_each_method_and_is_measured_up_to_its_last_step(recipe):
+    for plan, measured in [
+        (recipe.study.Plan(), {25, 50, 75, 100}),
+        (recipe.study.LONG, {50, 100, 150, 200, 250, 300, 350, 400}),
+    ]:
+        assert set(plan.rates) == set(METHODS)
+        assert set(plan.rates.values()) <= set(recipe.study.RATES)
+        assert plan.measured == measured and max(measured) == plan.steps
+
+
 def test_it_shows_the_paper_s_table_beside_its_own(quick):
     folder, said = quick
     for expected in ("MTPO-τ", "The row beats the column", "0.909", "delighted", "Figure"):
